@@ -1,0 +1,339 @@
+"""The machines a plan is priced for: devices, the links between them and the software that drives them.
+
+A cluster is ``nodes`` equal nodes of ``devices_per_node`` devices; global rank r sits in node
+``r // devices_per_node``. Two levels of link: inside a node and between nodes. Every rate is a peak in base
+units (FLOP/s without sparsity, bytes/s per device in one direction), and ``Efficiency`` says what fraction
+of it a program reaches: seconds are always work over peak times fraction, the roofline of Williams,
+Waterman and Patterson 2009 (CACM 52(4)).
+
+``memory_bytes`` is the nominal capacity, the total that the driver reports. It is about the data sheet's
+"GB" counted as GiB; what the driver and the libraries keep for themselves is not subtracted here.
+
+The presets are in ``presets/devices.json``, one node of a machine a name: what ``load_cluster`` reads, less
+the cluster's own name and its number of nodes. Each group of numbers names its source.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+from attrs import Attribute, evolve, field, fields, frozen
+from attrs.converters import optional as optional_converter
+from attrs.validators import instance_of
+from attrs.validators import optional as optional_validator
+from cattrs import ClassValidationError, Converter
+from cattrs.errors import ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn
+
+from picotron.errors import PlanError
+
+PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
+KINDS_OF_DEVICE = ("cuda", "rocm", "cpu")
+
+
+def _as_float(value: float) -> float:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _named(instance: object, attribute: Attribute[Any]) -> str:
+    return f"{type(instance).__name__}.{attribute.name}"
+
+
+def _positive(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+        raise PlanError(f"{_named(instance, attribute)} must be a positive finite number, got {value!r}")
+
+
+def _not_negative(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, float) or not math.isfinite(value) or value < 0:
+        raise PlanError(f"{_named(instance, attribute)} must be a finite number of at least 0, got {value!r}")
+
+
+def _fraction(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise PlanError(f"{_named(instance, attribute)} must be a fraction in (0, 1], got {value!r}")
+
+
+def _count(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{_named(instance, attribute)} must be an integer of at least 1, got {value!r}")
+
+
+def _text(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise PlanError(f"{_named(instance, attribute)} must be text that is not empty, got {value!r}")
+
+
+def _device_kind(instance: object, attribute: Attribute[Any], value: object) -> None:
+    if value not in KINDS_OF_DEVICE:
+        raise PlanError(f"{_named(instance, attribute)} must be one of {KINDS_OF_DEVICE}, got {value!r}")
+
+
+def _peak() -> Any:
+    return field(
+        default=None,
+        converter=optional_converter(_as_float),
+        validator=optional_validator(_positive),
+    )
+
+
+@frozen(kw_only=True)
+class Peaks:
+    """Dense matrix-multiply peaks in FLOP/s, by the format of the operands; None where there is no unit.
+
+    Each is the fastest path of its format: tensor or matrix cores where they take it, vector units else.
+    """
+
+    fp64: float | None = _peak()
+    fp32: float | None = _peak()
+    tf32: float | None = _peak()
+    bf16: float | None = _peak()
+    fp16: float | None = _peak()
+    fp8: float | None = _peak()
+
+
+@frozen(kw_only=True)
+class DeviceSpec:
+    """One accelerator, or one CPU core with its share of the memory."""
+
+    name: str = field(validator=_text)
+    peak_flops_per_second: Peaks = field(validator=instance_of(Peaks))
+    memory_bytes: int = field(validator=_count)
+    memory_bytes_per_second: float = field(converter=_as_float, validator=_positive)
+    kind: str = field(validator=_device_kind)
+    source: str = field(validator=_text)
+
+
+@frozen(kw_only=True)
+class LinkSpec:
+    """What one device can send, in bytes/s in one direction, and the seconds before the first byte."""
+
+    name: str = field(validator=_text)
+    bytes_per_second: float = field(converter=_as_float, validator=_positive)
+    latency_seconds: float = field(converter=_as_float, validator=_not_negative)
+    source: str = field(validator=_text)
+
+
+@frozen(kw_only=True)
+class Efficiency:
+    """The software profile: fractions of the peaks reached, and the fixed cost of one kernel in seconds."""
+
+    matmul: float = field(converter=_as_float, validator=_fraction)
+    memory: float = field(converter=_as_float, validator=_fraction)
+    link: float = field(converter=_as_float, validator=_fraction)
+    kernel_seconds: float = field(converter=_as_float, validator=_not_negative)
+    source: str = field(validator=_text)
+
+
+@frozen(kw_only=True)
+class ClusterSpec:
+    """Equal nodes of equal devices, the two levels of link and the software profile."""
+
+    name: str = field(validator=_text)
+    device: DeviceSpec = field(validator=instance_of(DeviceSpec))
+    devices_per_node: int = field(validator=_count)
+    nodes: int = field(validator=_count)
+    intra_node: LinkSpec = field(validator=instance_of(LinkSpec))
+    inter_node: LinkSpec = field(validator=instance_of(LinkSpec))
+    efficiency: Efficiency = field(validator=instance_of(Efficiency))
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the whole cluster, one for each rank."""
+        return self.nodes * self.devices_per_node
+
+    @classmethod
+    def preset(cls, name: str, *, nodes: int = 1, devices_per_node: int | None = None) -> ClusterSpec:
+        """``nodes`` nodes of a shipped machine, named so that ``parse`` reads the name back.
+
+        ``devices_per_node`` defaults to the machine's own (8, or 72 for gb200). Raises PlanError for an
+        unknown name, with the closest known ones.
+        """
+        machine = _machine(name)
+        per_node = machine.devices_per_node if devices_per_node is None else devices_per_node
+        return evolve(machine, name=f"{name}:{nodes}x{per_node}", nodes=nodes, devices_per_node=per_node)
+
+    @classmethod
+    def parse(cls, text: str) -> ClusterSpec:
+        """The cluster that ``"h100"``, ``"h100:16x8"`` (nodes x devices a node) or ``"mine.json"`` names."""
+        if text.endswith(".json"):
+            return load_cluster(text)
+        name, colon, shape = text.partition(":")
+        machine = cls.preset(name)
+        if not colon:
+            return machine
+        counts = re.fullmatch(r"([0-9]+)x([0-9]+)", shape)
+        if counts is None:
+            raise PlanError(
+                f"a cluster's shape must be NODESxDEVICES_PER_NODE, got {shape!r} in {text!r}; "
+                f"write {name}:2x8 for two nodes of eight devices"
+            )
+        return cls.preset(name, nodes=int(counts[1]), devices_per_node=int(counts[2]))
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names that ``ClusterSpec.preset`` knows, in the table's order."""
+    return tuple(_presets())
+
+
+def peak_flops_per_second(device: DeviceSpec, precision: str) -> float:
+    """The device's dense peak for matrix multiplies of one format.
+
+    Raises PlanError if ``precision`` is not one of PRECISIONS or the device has no unit for it.
+    """
+    if precision not in PRECISIONS:
+        raise PlanError(
+            f"precision must be one of {PRECISIONS}, got {precision!r}{_hint(precision, PRECISIONS)}"
+        )
+    peak = _peaks_by_precision(device)[precision]
+    if peak is None:
+        able = ", ".join(name for name, value in _peaks_by_precision(device).items() if value is not None)
+        raise PlanError(f"{device.name} has no {precision} matrix multiply; choose one of its own: {able}")
+    return peak
+
+
+def link_between(cluster: ClusterSpec, ranks: Sequence[int]) -> LinkSpec:
+    """The slowest level of link that a group of global ranks crosses: what one rank sends another over."""
+    return cluster.intra_node if len(_ranks_by_node(cluster, ranks)) == 1 else cluster.inter_node
+
+
+def group_link(cluster: ClusterSpec, ranks: Sequence[int]) -> LinkSpec:
+    """The link that each rank of a ring over the group seems to have.
+
+    In one node it is the intra-node link. Across nodes, a group with k ranks in each node runs k rings, each
+    leaving by another device's adapter, so that the ring's rate is k times the network's, but no more than
+    the intra-node rate where a node holds two or more of the ranks (NCCL builds its channels so). The latency
+    is the mean over the ring's hops, one of which leaves each node. Where nodes hold different numbers of
+    the ranks, the smallest counts.
+
+    For reduce-scatter, all-gather, all-reduce and broadcast; an all-to-all or a send, whose every byte takes
+    its own device's adapter, has the link of ``link_between``.
+    """
+    by_node = _ranks_by_node(cluster, ranks)
+    adapters = min(by_node.values())
+    if len(by_node) == 1 or len(by_node) == len(ranks):
+        return link_between(cluster, ranks)
+    intra, inter = cluster.intra_node, cluster.inter_node
+    leaving = len(by_node) / len(ranks)
+    return LinkSpec(
+        name=f"{inter.name} x{adapters}",
+        bytes_per_second=min(intra.bytes_per_second, adapters * inter.bytes_per_second),
+        latency_seconds=leaving * inter.latency_seconds + (1 - leaving) * intra.latency_seconds,
+        source=f"{adapters} adapters of: {inter.source}",
+    )
+
+
+def achieved_link(link: LinkSpec, efficiency: Efficiency) -> LinkSpec:
+    """The link at the rate that the software profile reaches; the latency stays."""
+    return evolve(link, bytes_per_second=link.bytes_per_second * efficiency.link)
+
+
+def cluster_to_json(cluster: ClusterSpec) -> str:
+    """The cluster as JSON text that ``cluster_from_json`` reads back to an equal value."""
+    return json.dumps(_converter().unstructure(cluster), indent=2) + "\n"
+
+
+def cluster_from_json(text: str) -> ClusterSpec:
+    """The cluster in a JSON text. Raises PlanError naming the path of each bad field."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"a cluster must be JSON: {error}") from error
+    return _structured(data)
+
+
+def load_cluster(path: str | os.PathLike[str]) -> ClusterSpec:
+    """The cluster in a JSON file. Raises PlanError naming the file and the path of each bad field."""
+    try:
+        return cluster_from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"a cluster's file must be readable: {error}") from error
+    except ValueError as error:
+        raise PlanError(f"{os.fspath(path)}: {error}") from error
+
+
+def _peaks_by_precision(device: DeviceSpec) -> dict[str, float | None]:
+    return {name: getattr(device.peak_flops_per_second, name) for name in PRECISIONS}
+
+
+def _ranks_by_node(cluster: ClusterSpec, ranks: Sequence[int]) -> Counter[int]:
+    if not ranks or len(set(ranks)) != len(ranks):
+        raise PlanError(f"a group must be one or more different ranks, got {tuple(ranks)}")
+    if min(ranks) < 0 or max(ranks) >= cluster.num_devices:
+        raise PlanError(
+            f"ranks must be in [0, {cluster.num_devices}) of {cluster.name}, "
+            f"got {tuple(ranks)}; give the cluster more nodes"
+        )
+    return Counter(rank // cluster.devices_per_node for rank in ranks)
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    begun = [name for name in known if word and name.startswith(word.lower())]
+    close = begun or get_close_matches(word.lower(), known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _machine(name: str) -> ClusterSpec:
+    known = preset_names()
+    if name not in known:
+        raise PlanError(f"a cluster preset must be one of {known}, got {name!r}{_hint(name, known)}")
+    return _presets()[name]
+
+
+@cache
+def _presets() -> dict[str, ClusterSpec]:
+    table = json.loads((files("picotron.planner") / "presets" / "devices.json").read_text(encoding="utf-8"))
+    return {name: _structured({"name": name, "nodes": 1} | row) for name, row in table.items()}
+
+
+@cache
+def _converter() -> Converter:
+    """A converter of this room: no unknown keys, and no number that is really text or a truth value."""
+    converter = Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(float, lambda value, _: _checked(value, (int, float), "a number"))
+    converter.register_structure_hook(int, lambda value, _: _checked(value, (int,), "an integer"))
+    converter.register_structure_hook(str, lambda value, _: _checked(value, (str,), "text"))
+    for cls in (Peaks, DeviceSpec, LinkSpec, Efficiency, ClusterSpec):
+        converter.register_structure_hook(cls, _of_object(make_dict_structure_fn(cls, converter)))
+    return converter
+
+
+def _of_object(structure: Callable[[Any, Any], Any]) -> Callable[[object, Any], Any]:
+    return lambda value, cls: structure(_checked(value, (dict,), "an object"), cls)
+
+
+def _checked(value: object, types: tuple[type, ...], what: str) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise PlanError(f"must be {what}, got {value!r}")
+    return value
+
+
+def _structured(data: object) -> ClusterSpec:
+    try:
+        return _converter().structure(data, ClusterSpec)
+    except (ClassValidationError, PlanError) as error:
+        raise PlanError("; ".join(_complaints(error, "$"))) from error
+
+
+def _complaints(error: BaseException, path: str) -> list[str]:
+    """One "path: words" for each leaf of cattrs' tree of errors."""
+    if isinstance(error, ClassValidationError):
+        with_notes, without = error.group_exceptions()
+        below = [line for leaf, note in with_notes for line in _complaints(leaf, f"{path}.{note.name}")]
+        return below + [line for leaf in without for line in _complaints(leaf, path)]
+    if isinstance(error, ForbiddenExtraKeysError):
+        known = [attribute.name for attribute in fields(cast(Any, error.cl))]
+        return [f"{path}.{key}: no such field{_hint(key, known)}" for key in sorted(error.extra_fields)]
+    if isinstance(error, KeyError):
+        return [f"{path}: required field is missing"]
+    return [f"{path}: {error}"]

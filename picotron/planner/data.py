@@ -1,0 +1,93 @@
+"""Data parallelism as data: which gradients travel together, and which samples a step sees.
+
+Sample order is a function of the seed and the number of samples consumed, never of the topology, so a
+run means the same on one rank as on many, and continues the same on another number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from attrs import frozen
+
+from picotron.errors import PlanError
+from picotron.planner.layout import Placement, local_numel
+from picotron.planner.topology import Coordinate
+
+DEFAULT_BUCKET_BYTES = 25 * 2**20  # as PyTorch's DistributedDataParallel
+
+
+@frozen(kw_only=True)
+class Bucket:
+    """Gradients of one stage that are reduced together, in one flat buffer.
+
+    ``partial`` are the groups to sum over, in order. ``ready_segment`` is the segment after whose backward
+    (in the last microbatch) the bucket is complete.
+    """
+
+    stage: int
+    index: int
+    names: tuple[str, ...]
+    partial: tuple[str, ...]
+    ready_segment: int
+
+
+def buckets(placements: Iterable[Placement], stage: int, *, itemsize: int, bucket_bytes: int) -> tuple[Bucket, ...]:
+    """The buckets of ``stage``, in the order in which backward completes them.
+
+    A bucket closes when it has reached ``bucket_bytes``; gradients with different groups to sum over never
+    share one. Sizes are those of tensor-parallel rank 0, which holds the largest slices, so that every
+    rank forms the same buckets.
+    """
+    origin = Coordinate(pp=stage)
+    backward_order = sorted(
+        (placement for placement in placements if placement.stage == stage), key=lambda placement: -placement.segment
+    )
+    open_: dict[tuple[str, ...], list[Placement]] = {}
+    closed: list[list[Placement]] = []
+    for placement in backward_order:
+        members = open_.setdefault(placement.partial, [])
+        members.append(placement)
+        if sum(local_numel(member, origin) for member in members) * itemsize >= bucket_bytes:
+            closed.append(open_.pop(placement.partial))
+    closed += open_.values()
+    closed.sort(key=lambda members: -min(member.segment for member in members))
+    return tuple(
+        Bucket(
+            stage=stage,
+            index=index,
+            names=tuple(member.name for member in members),
+            partial=members[0].partial,
+            ready_segment=min(member.segment for member in members),
+        )
+        for index, members in enumerate(closed)
+    )
+
+
+def sample_indices(*, num_samples: int, consumed: int, count: int, seed: int) -> tuple[int, ...]:
+    """The next ``count`` samples after ``consumed`` have been seen, in order.
+
+    Each epoch visits every sample once, in a permutation of its own.
+    """
+    if num_samples < 1:
+        raise PlanError(f"the data must hold at least one sample, got {num_samples}; add text or shorten seq_len")
+    found: list[int] = []
+    while len(found) < count:
+        epoch, position = divmod(consumed + len(found), num_samples)
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
+        found += order[position : position + count - len(found)].tolist()
+    return tuple(found)
+
+
+def microbatch_slice(*, dp: int, dp_index: int, num_microbatches: int, microbatch: int, micro_batch: int) -> slice:
+    """Which of a step's samples one microbatch of one data-parallel rank takes.
+
+    Neighbouring samples go to one rank, microbatch by microbatch.
+    """
+    if not (0 <= dp_index < dp and 0 <= microbatch < num_microbatches):
+        raise PlanError(
+            f"dp index must be in [0, {dp}) and microbatch in [0, {num_microbatches}), got {dp_index}, {microbatch}"
+        )
+    start = (dp_index * num_microbatches + microbatch) * micro_batch
+    return slice(start, start + micro_batch)

@@ -1,0 +1,573 @@
+"""Reading each family's Hugging Face ``config.json`` into a ``ModelSpec``, and writing it back.
+
+A family (``model_type``) is a row in two tables: the function that reads its keys and the one that writes
+them. Sizes must be in the configuration; a default stands only for a key that published configurations
+leave out, and is then the default of transformers. Keys that change the architecture in a way no
+``ModelSpec`` can say (sliding windows, partial rotation, cross attention) are refused by name; keys that do
+not shape the trained model (token ids, dropout, caches, multi-token prediction) are passed over.
+
+SOURCES: ``presets/models/*.json`` are public Hugging Face model configurations by their published names, cut
+down to the keys that shape the model; those of Llama 3 and DeepSeek-V3 carry no rotary scaling. gpt3-175b is
+Brown et al. 2020, arXiv:2005.14165, table 2.1, in GPT-2's keys with a vocabulary of 51,200. llama-tiny is
+our own: 2.5 million parameters over bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from picotron.errors import PlanError
+from picotron.planner.model import (
+    FAMILIES,
+    Activation,
+    Experts,
+    LatentAttention,
+    ModelSpec,
+    RopeScaling,
+    is_positive,
+    is_size,
+)
+
+Config = Mapping[str, Any]
+
+_PRESETS = Path(__file__).parent / "presets" / "models"
+_REQUIRED = object()
+# The other name under which transformers may save a key.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_local_experts",
+}
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_ACTIVATION_NAMES = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the shipped configurations, sorted."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.json")))
+
+
+def read(source: str | os.PathLike[str] | Config, *, name: str | None = None) -> ModelSpec:
+    """The model of a preset's name, of a ``config.json`` or the folder that holds it, or of its dict."""
+    if isinstance(source, Mapping):
+        config, found_name = source, source.get("_name_or_path") or source.get("model_type")
+    elif isinstance(source, str | os.PathLike):
+        path = _find(source)
+        config = _load(path)
+        found_name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    else:
+        raise PlanError(
+            f"a model must be a preset's name, a path to config.json or its dict, got {type(source).__name__}"
+        )
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in _READERS:
+        raise PlanError(
+            f"model_type must be one of {FAMILIES}, got {family!r}{_close_matches(family, FAMILIES)}"
+        )
+    chosen_name = found_name if name is None else name
+    fields = {"name": chosen_name, "family": family, **_READERS[family](config)}
+    return ModelSpec(**fields)
+
+
+def write(model: ModelSpec) -> dict[str, Any]:
+    """The ``config.json`` from which transformers builds the same architecture."""
+    written = _write_gpt2(model) if model.family == "gpt2" else _write_decoder(model)
+    return {"_name_or_path": model.name, "model_type": model.family, **written}
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    """The file that ``source`` names: a preset first, then a file, then a folder's config.json."""
+    if isinstance(source, str) and source in preset_names():
+        return _PRESETS / f"{source}.json"
+    path = Path(source)
+    if os.path.isdir(source):
+        return path / "config.json"
+    is_name = isinstance(source, str) and path.name == source and path.suffix != ".json"
+    if is_name and not os.path.exists(source):
+        raise PlanError(
+            f"a model must be the name of a preset or a path to config.json, got {source!r}"
+            f"{_close_matches(source, preset_names())}; presets: {', '.join(preset_names())}"
+        )
+    return path
+
+
+def _close_matches(value: object, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value).lower(), choices, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _load(path: Path) -> Config:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            f"a model's config.json must be readable, got {error.strerror} at {os.fspath(path)!r}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"a model's config.json must be JSON, got {error} in {os.fspath(path)!r}") from error
+    if not isinstance(config, dict):
+        raise PlanError(
+            f"a model's config.json must hold an object, got {type(config).__name__} in {os.fspath(path)!r}"
+        )
+    return config
+
+
+def _value(config: Config, key: str, default: object = _REQUIRED) -> Any:
+    """The value at ``key`` or its alias, else the default."""
+    for name in (key, _ALIASES.get(key, key)):
+        if name in config:
+            return config[name]
+    if default is _REQUIRED:
+        where = config.get("model_type", "rope_scaling")
+        raise PlanError(
+            f"{key} must be in the {where} config, got only {sorted(map(str, config))}; "
+            "take the model's whole config.json"
+        )
+    return default
+
+
+def _size(config: Config, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
+    value = _value(config, key, default)
+    if not is_size(value, least):
+        raise PlanError(f"{key} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _number(config: Config, key: str, default: object = _REQUIRED) -> float:
+    value = _value(config, key, default)
+    if not is_positive(value):
+        raise PlanError(f"{key} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def _flag(config: Config, key: str, default: bool) -> bool:
+    value = _value(config, key, default)
+    if not isinstance(value, bool):
+        raise PlanError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _must_equal(config: Config, key: str, supported: object) -> None:
+    """Refuse a key that, set to anything else, would change the architecture."""
+    value = _value(config, key, supported)
+    if value is not None and value != supported:
+        raise PlanError(f"{key} must be {supported!r}, got {value!r}; nothing else is supported")
+
+
+def _activation(config: Config, key: str) -> Activation:
+    value = _value(config, key)
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise PlanError(f"{key} must be one of {tuple(_ACTIVATIONS)}, got {value!r}")
+    return _ACTIVATIONS[value]
+
+
+def _divide(config: Config, dividend: str, divisor: str, *, remedy: str = "") -> int:
+    """``dividend / divisor``, two keys of the configuration, which must divide."""
+    whole, part = _size(config, dividend), _size(config, divisor)
+    if whole % part:
+        raise PlanError(f"{dividend} must be a multiple of {divisor}, got {whole} and {part}{remedy}")
+    return whole // part
+
+
+def _kv_heads(config: Config, *, optional: bool) -> int:
+    """Key/value heads; null, or absent where optional, means one a head."""
+    heads = _size(config, "num_attention_heads")
+    if _value(config, "num_key_value_heads", None if optional else _REQUIRED) is None:
+        return heads
+    _divide(config, "num_attention_heads", "num_key_value_heads")
+    return _size(config, "num_key_value_heads")
+
+
+def _head_dim(config: Config, *, default: int | None = None) -> int:
+    if _value(config, "head_dim", default) is None:
+        return _divide(config, "hidden_size", "num_attention_heads", remedy="; or give head_dim")
+    return _size(config, "head_dim", default)
+
+
+def _attention_bias(config: Config) -> dict[str, bool]:
+    bias = _flag(config, "attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def _decoder(config: Config) -> dict[str, Any]:
+    """What every family but gpt2 spells alike."""
+    _check_full_attention(config)
+    return {
+        "vocab_size": _size(config, "vocab_size"),
+        "hidden_size": _size(config, "hidden_size"),
+        "num_layers": _size(config, "num_hidden_layers"),
+        "num_heads": _size(config, "num_attention_heads"),
+        "intermediate_size": _size(config, "intermediate_size"),
+        "max_positions": _size(config, "max_position_embeddings"),
+        "norm": "rms",
+        "norm_eps": _number(config, "rms_norm_eps"),
+        "activation": _activation(config, "hidden_act"),
+        "gated_mlp": True,
+        "tied_embeddings": _flag(config, "tie_word_embeddings", False),
+        "init_std": _number(config, "initializer_range", 0.02),
+        **_rope(config),
+    }
+
+
+def _read_llama(config: Config) -> dict[str, Any]:
+    return {
+        **_decoder(config),
+        **_attention_bias(config),
+        "num_kv_heads": _kv_heads(config, optional=True),
+        "head_dim": _head_dim(config),
+        "mlp_bias": _flag(config, "mlp_bias", False),
+    }
+
+
+def _read_qwen2(config: Config) -> dict[str, Any]:
+    return {
+        **_decoder(config),
+        "num_kv_heads": _kv_heads(config, optional=False),
+        "head_dim": _head_dim(config),
+        "qkv_bias": True,
+    }
+
+
+def _read_qwen3(config: Config) -> dict[str, Any]:
+    return {
+        **_decoder(config),
+        **_attention_bias(config),
+        "num_kv_heads": _kv_heads(config, optional=False),
+        "head_dim": _head_dim(config, default=128),
+        "qk_norm": True,
+    }
+
+
+def _read_qwen3_moe(config: Config) -> dict[str, Any]:
+    return {
+        **_decoder(config),
+        **_attention_bias(config),
+        "num_kv_heads": _kv_heads(config, optional=False),
+        "head_dim": _head_dim(config),
+        "qk_norm": True,
+        "experts": Experts(
+            num_experts=_size(config, "num_experts"),
+            top_k=_top_k(config, "num_experts"),
+            intermediate_size=_size(config, "moe_intermediate_size"),
+            dense_layers=_dense_layers(config),
+            normalize_scores=_flag(config, "norm_topk_prob", False),
+        ),
+    }
+
+
+def _read_mixtral(config: Config) -> dict[str, Any]:
+    return {
+        **_decoder(config),
+        "num_kv_heads": _kv_heads(config, optional=False),
+        "head_dim": _head_dim(config),
+        "experts": Experts(
+            num_experts=_size(config, "num_local_experts"),
+            top_k=_top_k(config, "num_local_experts"),
+            intermediate_size=_size(config, "intermediate_size"),
+        ),
+    }
+
+
+def _read_deepseek_v3(config: Config) -> dict[str, Any]:
+    for key, supported in (
+        ("attention_bias", False),
+        ("moe_layer_freq", 1),
+        ("scoring_func", "sigmoid"),
+        ("topk_method", "noaux_tc"),
+    ):
+        _must_equal(config, key, supported)
+    latent = _latent(config)
+    return {
+        **_decoder(config),
+        "num_kv_heads": _kv_heads(config, optional=True),
+        "head_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
+        "experts": _deepseek_experts(config),
+        "latent_attention": latent,
+    }
+
+
+def _latent(config: Config) -> LatentAttention:
+    full_query = _value(config, "q_lora_rank") is None
+    return LatentAttention(
+        q_lora_rank=None if full_query else _size(config, "q_lora_rank"),
+        kv_lora_rank=_size(config, "kv_lora_rank"),
+        qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
+        qk_rope_head_dim=_size(config, "qk_rope_head_dim"),
+        v_head_dim=_size(config, "v_head_dim"),
+        interleaved=_flag(config, "rope_interleave", True),
+    )
+
+
+def _deepseek_experts(config: Config) -> Experts:
+    inner = _size(config, "moe_intermediate_size")
+    num_dense = min(_size(config, "first_k_dense_replace", least=0), _size(config, "num_hidden_layers"))
+    _divide(config, "n_routed_experts", "n_group")
+    return Experts(
+        num_experts=_size(config, "n_routed_experts"),
+        top_k=_top_k(config, "n_routed_experts"),
+        intermediate_size=inner,
+        shared_intermediate_size=inner * _size(config, "n_shared_experts", least=0),
+        dense_layers=tuple(range(num_dense)),
+        score_function="sigmoid",
+        normalize_scores=_flag(config, "norm_topk_prob", True),
+        routed_scale=_number(config, "routed_scaling_factor"),
+        num_groups=_size(config, "n_group"),
+        top_k_groups=_size(config, "topk_group"),
+    )
+
+
+def _top_k(config: Config, experts_key: str) -> int:
+    top_k, num_experts = _size(config, "num_experts_per_tok"), _size(config, experts_key)
+    if top_k > num_experts:
+        raise PlanError(f"num_experts_per_tok must be at most {experts_key} = {num_experts}, got {top_k}")
+    return top_k
+
+
+def _dense_layers(config: Config) -> tuple[int, ...]:
+    """Layers without experts: those listed, and those that ``decoder_sparse_step`` skips."""
+    listed, step = _value(config, "mlp_only_layers", ()) or (), _size(config, "decoder_sparse_step", 1)
+    if not isinstance(listed, list | tuple) or not all(is_size(layer, 0) for layer in listed):
+        raise PlanError(f"mlp_only_layers must be a list of layer indices, got {listed!r}")
+    layers = range(_size(config, "num_hidden_layers"))
+    return tuple(layer for layer in layers if layer in listed or (layer + 1) % step)
+
+
+def _check_full_attention(config: Config) -> None:
+    """Refuse a configuration in which any layer attends through a sliding window."""
+    types = _value(config, "layer_types", None)
+    remedy = "sliding-window attention is not supported"
+    if types is not None and not isinstance(types, list | tuple):
+        raise PlanError(f"layer_types must be a list of names, got {types!r}")
+    windowed = [kind for kind in types or () if kind != "full_attention"]
+    if windowed:
+        raise PlanError(f"layer_types must all be 'full_attention', got {windowed[0]!r}; {remedy}")
+    window = _value(config, "sliding_window", None)
+    if config.get("model_type") == "mixtral":
+        if window is not None:
+            raise PlanError(f"sliding_window must be null, got {window!r}; {remedy}")
+    elif types is None and window is not None and _flag(config, "use_sliding_window", False):
+        raise PlanError(f"use_sliding_window must be false, got true; {remedy}")
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """Rotary base and scaling, from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    table = config.get(key) or {}
+    if not isinstance(table, Mapping) or any(isinstance(entry, Mapping) for entry in table.values()):
+        raise PlanError(f"{key} must be one flat object for all layers, got {table!r}")
+    _must_equal(config, "partial_rotary_factor", 1.0)
+    _must_equal(table, "partial_rotary_factor", 1.0)
+    theta = 1e6 if config.get("model_type") == "mixtral" else 1e4
+    return {
+        "rope_theta": _number(table if table.get("rope_theta") is not None else config, "rope_theta", theta),
+        "rope_scaling": _rope_scaling(table, key),
+    }
+
+
+def _rope_scaling(table: Config, key: str) -> RopeScaling | None:
+    kind = table.get("rope_type", table.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise PlanError(f"{key}.rope_type must be one of {tuple(_SCALINGS)}, got {kind!r}")
+    return _SCALINGS[kind](table)
+
+
+def _linear_scaling(table: Config) -> RopeScaling:
+    return RopeScaling(kind="linear", factor=_number(table, "factor"))
+
+
+def _llama3_scaling(table: Config) -> RopeScaling:
+    return RopeScaling(
+        kind="llama3",
+        factor=_number(table, "factor"),
+        low_freq_factor=_number(table, "low_freq_factor"),
+        high_freq_factor=_number(table, "high_freq_factor"),
+        original_max_positions=_size(table, "original_max_position_embeddings"),
+    )
+
+
+def _yarn_scaling(table: Config) -> RopeScaling:
+    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    return RopeScaling(
+        kind="yarn",
+        factor=_number(table, "factor"),
+        truncate=_flag(table, "truncate", True),
+        original_max_positions=_size(table, "original_max_position_embeddings"),
+        **{key: _number(table, key) for key in optional if table.get(key) is not None},
+    )
+
+
+_SCALINGS: Mapping[str, Callable[[Config], RopeScaling | None]] = {
+    "default": lambda table: None,
+    "linear": _linear_scaling,
+    "llama3": _llama3_scaling,
+    "yarn": _yarn_scaling,
+}
+
+
+def _read_gpt2(config: Config) -> dict[str, Any]:
+    for key, supported in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        _must_equal(config, key, supported)
+    hidden, heads = _size(config, "n_embd"), _size(config, "n_head")
+    inner = _value(config, "n_inner", None)
+    return {
+        "vocab_size": _size(config, "vocab_size"),
+        "hidden_size": hidden,
+        "num_layers": _size(config, "n_layer"),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": _divide(config, "n_embd", "n_head"),
+        "intermediate_size": 4 * hidden if inner is None else _size(config, "n_inner"),
+        "max_positions": _size(config, "n_positions"),
+        "norm": "layer",
+        "norm_eps": _number(config, "layer_norm_epsilon"),
+        "activation": _activation(config, "activation_function"),
+        "gated_mlp": False,
+        "rope_theta": None,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "tied_embeddings": _flag(config, "tie_word_embeddings", True),
+        "init_std": _number(config, "initializer_range", 0.02),
+    }
+
+
+_READERS: Mapping[str, Callable[[Config], dict[str, Any]]] = {
+    "llama": _read_llama,
+    "qwen2": _read_qwen2,
+    "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+    "mixtral": _read_mixtral,
+    "deepseek_v3": _read_deepseek_v3,
+    "gpt2": _read_gpt2,
+}
+
+
+def _write_gpt2(model: ModelSpec) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": model.vocab_size,
+        "n_embd": model.hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_heads,
+        "n_inner": model.intermediate_size,
+        "n_positions": model.max_positions,
+        "layer_norm_epsilon": model.norm_eps,
+        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else model.activation,
+        "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    }
+
+
+def _write_decoder(model: ModelSpec) -> dict[str, Any]:
+    """The keys of every family but gpt2."""
+    written = {
+        "architectures": [_ARCHITECTURES[model.family]],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": _ACTIVATION_NAMES[model.activation],
+        "rope_theta": model.rope_theta,
+        "rope_scaling": _write_rope_scaling(model.rope_scaling),
+        "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std,
+        "head_dim": model.head_dim,
+    }
+    if model.family in ("llama", "qwen3", "qwen3_moe"):
+        written["attention_bias"] = model.qkv_bias
+    if model.family == "llama":
+        written["mlp_bias"] = model.mlp_bias
+    if model.experts is not None:
+        written |= _write_experts(model, model.experts)
+    if model.latent_attention is not None:
+        written |= _write_latent(model.latent_attention)
+        del written["head_dim"]
+    return written
+
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+
+
+def _write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The keys that this kind reads, None left out."""
+    if scaling is None:
+        return None
+    written = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        names = ["low_freq_factor", "high_freq_factor"]
+    elif scaling.kind == "yarn":
+        names = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"]
+    else:
+        return written
+    written |= {name: getattr(scaling, name) for name in names if getattr(scaling, name) is not None}
+    return written | {"original_max_position_embeddings": scaling.original_max_positions}
+
+
+def _write_experts(model: ModelSpec, experts: Experts) -> dict[str, Any]:
+    if model.family == "mixtral":
+        return {"num_local_experts": experts.num_experts, "num_experts_per_tok": experts.top_k}
+    common = {
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.intermediate_size,
+        "norm_topk_prob": experts.normalize_scores,
+    }
+    if model.family == "qwen3_moe":
+        return common | {
+            "num_experts": experts.num_experts,
+            "mlp_only_layers": list(experts.dense_layers),
+            "decoder_sparse_step": 1,
+        }
+    return common | {
+        "n_routed_experts": experts.num_experts,
+        "n_shared_experts": experts.shared_intermediate_size // experts.intermediate_size,
+        "first_k_dense_replace": len(experts.dense_layers),
+        "n_group": experts.num_groups,
+        "topk_group": experts.top_k_groups,
+        "routed_scaling_factor": experts.routed_scale,
+        "scoring_func": experts.score_function,
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _write_latent(latent: LatentAttention) -> dict[str, Any]:
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_interleave": latent.interleaved,
+        "attention_bias": False,
+    }

@@ -1,0 +1,168 @@
+"""Where each rank sits in the grid of pipeline, data, context and tensor parallelism.
+
+The world is the product pp * dp * cp * tp, row-major over ``order`` (slowest first), so with the default
+order tensor-parallel neighbours are adjacent ranks. Expert parallelism does not multiply the world: the
+dp * cp * tp ranks of a pipeline stage are cut again as expert-dp * ep * etp for the expert layers.
+Source: Narayanan et al. 2021, Megatron-LM, arXiv:2104.04473; for experts Liu et al. 2025,
+MoE Parallel Folding, arXiv:2504.14960.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from attrs import Attribute, field, frozen
+from attrs.validators import ge, instance_of
+
+from picotron.errors import PlanError
+
+AXES = ("pp", "dp", "cp", "tp")  # the default order, slowest-varying first
+GROUP_AXES: dict[str, tuple[str, ...]] = {
+    "pp": ("pp",),
+    "dp": ("dp",),
+    "cp": ("cp",),
+    "tp": ("tp",),
+    "dp_cp": ("dp", "cp"),
+    "tp_pp": ("pp", "tp"),
+    "world": AXES,
+}
+EXPERT_AXES = ("edp", "ep", "etp")  # how a stage's ranks are cut for expert layers, slowest first
+
+
+def _degree(instance: object, attribute: Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{attribute.name} must be a positive whole number, got {value!r}")
+
+
+@frozen(kw_only=True)
+class Topology:
+    """Parallel degrees, in ranks along each axis, and the order in which ranks run through them."""
+
+    pp: int = field(default=1, validator=_degree)
+    dp: int = field(default=1, validator=_degree)
+    cp: int = field(default=1, validator=_degree)
+    tp: int = field(default=1, validator=_degree)
+    ep: int = field(default=1, validator=_degree)
+    etp: int = field(default=1, validator=_degree)
+    order: tuple[str, ...] = field(default=AXES, converter=tuple)
+
+    @order.validator
+    def _order_and_experts(self, _: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
+        if sorted(value) != sorted(AXES):
+            raise PlanError(f"order must name each of {AXES} once, slowest first, got {value!r}")
+        stage = self.dp * self.cp * self.tp
+        if stage % (self.ep * self.etp):
+            raise PlanError(
+                f"ep * etp must divide dp * cp * tp = {stage}, got ep={self.ep}, etp={self.etp}; "
+                "expert parallelism cuts the same ranks again"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def edp(self) -> int:
+        """Copies of each expert in one pipeline stage."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+
+@frozen(kw_only=True)
+class Coordinate:
+    """One rank's index along each axis, and along the axes that cut its stage again for experts."""
+
+    pp: int = field(default=0, validator=[instance_of(int), ge(0)])
+    dp: int = field(default=0, validator=[instance_of(int), ge(0)])
+    cp: int = field(default=0, validator=[instance_of(int), ge(0)])
+    tp: int = field(default=0, validator=[instance_of(int), ge(0)])
+    edp: int = field(default=0, validator=[instance_of(int), ge(0)])
+    ep: int = field(default=0, validator=[instance_of(int), ge(0)])
+    etp: int = field(default=0, validator=[instance_of(int), ge(0)])
+
+
+def degrees(topology: Topology) -> tuple[int, ...]:
+    """The degree of each axis, in the topology's own order."""
+    return tuple(getattr(topology, axis) for axis in topology.order)
+
+
+def coordinate(topology: Topology, rank: int) -> Coordinate:
+    """Where ``rank`` sits. Raises PlanError outside [0, world_size)."""
+    if not 0 <= rank < topology.world_size:
+        raise PlanError(f"rank must be in [0, {topology.world_size}), got {rank!r}")
+    dense = dict(zip(topology.order, np.unravel_index(rank, degrees(topology)), strict=True))
+    position = stage_ranks(topology, int(dense["pp"])).index(rank)
+    expert_sizes = (topology.edp, topology.ep, topology.etp)
+    experts = dict(zip(EXPERT_AXES, np.unravel_index(position, expert_sizes), strict=True))
+    return Coordinate(**{axis: int(index) for axis, index in {**dense, **experts}.items()})
+
+
+def rank_of(topology: Topology, where: Coordinate) -> int:
+    """The rank that sits at ``where``, read along AXES: the inverse of ``coordinate``."""
+    for axis in AXES:
+        index, degree = getattr(where, axis), getattr(topology, axis)
+        if index >= degree:
+            raise PlanError(f"{axis} index must be in [0, {degree}), got {index}")
+    indices = tuple(getattr(where, axis) for axis in topology.order)
+    return int(np.ravel_multi_index(indices, degrees(topology)))
+
+
+def groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
+    """All ranks that form communicators of one kind, as tuples of ascending ranks.
+
+    ``axis`` is one of ``GROUP_AXES`` (each rank is in exactly one group), one of ``EXPERT_AXES``,
+    ``"embedding"`` (first and last rank of each pipeline: the two ends that tie their embeddings) or
+    ``"tp:k"`` (each tensor-parallel group cut into runs of k neighbours: the ranks that share a
+    key/value head). Raises PlanError for any other name.
+    """
+    if axis in GROUP_AXES:
+        return _grouped(np.arange(topology.world_size), degrees(topology), topology.order, GROUP_AXES[axis])
+    if axis in EXPERT_AXES:
+        return _expert_groups(topology, axis)
+    if axis == "embedding":
+        return tuple(tuple(dict.fromkeys((pipe[0], pipe[-1]))) for pipe in groups(topology, "pp"))
+    if axis.startswith("tp:") and axis[3:].isdigit() and int(axis[3:]) > 0 and topology.tp % int(axis[3:]) == 0:
+        size = int(axis[3:])
+        return tuple(
+            run[first : first + size] for run in groups(topology, "tp") for first in range(0, topology.tp, size)
+        )
+    known = (*GROUP_AXES, *EXPERT_AXES, "embedding", "tp:k (k dividing tp)")
+    raise PlanError(f"axis must be one of {', '.join(known)}, got {axis!r}")
+
+
+def group_of(topology: Topology, axis: str, rank: int) -> tuple[int, ...]:
+    """The group of ``axis`` that ``rank`` belongs to; the rank alone where it belongs to none."""
+    return next((group for group in groups(topology, axis) if rank in group), (rank,))
+
+
+def group_size(topology: Topology, axis: str) -> int:
+    """Ranks in each group of ``axis``."""
+    if axis in GROUP_AXES:
+        return math.prod(getattr(topology, name) for name in GROUP_AXES[axis])
+    return len(groups(topology, axis)[0])
+
+
+def stage_ranks(topology: Topology, stage: int) -> tuple[int, ...]:
+    """Ascending ranks at pipeline coordinate ``stage``."""
+    grid = _grouped(np.arange(topology.world_size), degrees(topology), topology.order, ("dp", "cp", "tp"))
+    return grid[stage]
+
+
+def _grouped(
+    ranks: np.ndarray, sizes: tuple[int, ...], names: tuple[str, ...], varied: tuple[str, ...]
+) -> tuple[tuple[int, ...], ...]:
+    kept_dims = [dim for dim, name in enumerate(names) if name not in varied]
+    varied_dims = [dim for dim, name in enumerate(names) if name in varied]
+    size = math.prod(sizes[dim] for dim in varied_dims)
+    rows = ranks.reshape(sizes).transpose(kept_dims + varied_dims).reshape(-1, size)
+    return tuple(tuple(row) for row in rows.tolist())
+
+
+def _expert_groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
+    sizes = (topology.edp, topology.ep, topology.etp)
+    return tuple(
+        group
+        for stage in range(topology.pp)
+        for group in _grouped(np.array(stage_ranks(topology, stage)), sizes, EXPERT_AXES, (axis,))
+    )

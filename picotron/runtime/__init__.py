@@ -1,0 +1,1 @@
+"""The runtime wing: it walks a plan and moves tensors, and makes no scheduling decision of its own."""

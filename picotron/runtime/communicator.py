@@ -1,0 +1,97 @@
+"""The one place through which a rank communicates: it holds the plan's order and counts the bytes.
+
+Inside a segment a cursor walks the planned collectives; an operation of another kind, group or size than
+the plan's next one is an ExecutionError at (rank, row, operation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from picotron.errors import ExecutionError
+from picotron.planner.body import Operation
+from picotron.runtime.backend import Backend, Group, Handle
+
+
+class Communicator:
+    """Issues this rank's communication on ``backend`` and keeps account of it."""
+
+    def __init__(self, backend: Backend, groups: Mapping[str, Group]) -> None:
+        self.backend, self.groups = backend, groups
+        self.payload_bytes: dict[tuple[str, str], int] = {}
+        self._planned: Sequence[Operation] = ()
+        self._cursor = 0
+        self._action, self._row = "", -1
+
+    def open(self, action: str, row: int, planned: Sequence[Operation]) -> None:
+        """Enter a segment of ``row`` whose collectives are ``planned``."""
+        self._planned, self._cursor, self._action, self._row = planned, 0, action, row
+
+    def close(self) -> None:
+        """Leave the segment. Raises ExecutionError if a planned collective was not issued."""
+        if self._cursor != len(self._planned):
+            missing = self._planned[self._cursor]
+            raise self._error(f"the segment ended before its planned {missing.kind} {missing.name!r}")
+        self._planned, self._cursor = (), 0
+
+    def all_reduce(self, tensor: torch.Tensor, group: str, op: str = "sum") -> None:
+        """Reduce ``tensor`` in place over ``group``."""
+        self._expect("all_reduce", group, tensor)
+        self.backend.all_reduce(tensor, self._group(group), op).wait()
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
+        """Gather ``input`` into ``output`` along dim 0."""
+        self._expect("all_gather", group, output)
+        self.backend.all_gather(output, input, self._group(group)).wait()
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
+        """Sum ``input`` over ``group``, this rank's part of dim 0 into ``output``."""
+        self._expect("reduce_scatter", group, input)
+        self.backend.reduce_scatter(output, input, self._group(group)).wait()
+
+    def start_all_reduce(self, tensor: torch.Tensor, group: str, planned_bytes: int) -> Handle:
+        """Post the sum of ``tensor`` over ``group``, a row of the program with ``planned_bytes``."""
+        self._count("all_reduce", group, tensor, planned_bytes)
+        return self.backend.all_reduce(tensor, self._group(group))
+
+    def send(self, tensor: torch.Tensor, peer: int, channel: str, planned_bytes: int) -> Handle:
+        """Post a send to world rank ``peer``, a row of the program with ``planned_bytes``."""
+        self._count("send", "pp", tensor, planned_bytes)
+        return self.backend.send(tensor, peer, channel)
+
+    def receive(self, tensor: torch.Tensor, peer: int, channel: str, planned_bytes: int) -> Handle:
+        """Post a receive from world rank ``peer``, a row of the program with ``planned_bytes``."""
+        self._count("recv", "pp", tensor, planned_bytes)
+        return self.backend.recv(tensor, peer, channel)
+
+    def _group(self, name: str) -> Group:
+        try:
+            return self.groups[name]
+        except KeyError:
+            raise self._error(f"the plan opened no group {name!r} on this rank") from None
+
+    def _expect(self, kind: str, group: str, tensor: torch.Tensor) -> None:
+        """Advance the cursor over the next planned collective, which must be this one."""
+        if self._cursor >= len(self._planned):
+            raise self._error(f"no further collective is planned here, got {kind} over {group}")
+        planned = self._planned[self._cursor]
+        if (planned.kind, planned.group) != (kind, group):
+            raise self._error(
+                f"the plan's next collective is {planned.kind} {planned.name!r} over {planned.group}, "
+                f"got {kind} over {group}"
+            )
+        self._count(kind, group, tensor, planned.payload_bytes)
+        self._cursor += 1
+
+    def _count(self, kind: str, group: str, tensor: torch.Tensor, planned_bytes: int) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if size != planned_bytes:
+            raise self._error(f"{kind} over {group} must carry the planned {planned_bytes} bytes, got {size}")
+        self.payload_bytes[kind, group] = self.payload_bytes.get((kind, group), 0) + size
+
+    def _error(self, message: str) -> ExecutionError:
+        return ExecutionError(
+            message, rank=self.backend.rank, action=self._action or None, position=f"row {self._row}, operation {self._cursor}"
+        )

@@ -1,0 +1,149 @@
+"""Text to token ids, and the microbatches that each rank sees.
+
+The tokenizer is byte-level: a vocabulary of the 256 byte values. A sample is ``seq_len + 1`` neighbouring
+bytes; one that is shorter (the last) is padded, and a padded position has no label.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from attrs import frozen
+
+from picotron.errors import PlanError
+from picotron.planner.data import microbatch_slice, sample_indices
+from picotron.planner.plan import TrainingPlan
+
+IGNORED = -100  # the label of a position without loss
+STANDARD_LIBRARY_BYTES = 16 * 2**20  # as much of it as a default run reads
+
+
+class Dataset(Protocol):
+    """Samples of at most ``seq_len + 1`` token ids, each an int64 array."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Token ids of one sample."""
+
+
+@frozen(eq=False)
+class ByteText:
+    """Bytes of text, cut into samples of ``seq_len + 1``; neighbours share one byte."""
+
+    data: np.ndarray
+    seq_len: int
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.data) - 1) // self.seq_len))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self.seq_len
+        return self.data[start : start + self.seq_len + 1].astype(np.int64)
+
+
+def byte_text(path: str | Path, seq_len: int, *, limit_bytes: int | None = None) -> ByteText:
+    """Every file at ``path`` (a file, or a folder with all text files below it), one after the other.
+
+    Raises PlanError where the path is missing, unreadable or without two bytes of text.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise PlanError(f"the data path must exist, got {str(path)!r}")
+    chunks, total = [], 0
+    for file in [root] if root.is_file() else _text_files(root):
+        try:
+            chunks.append(file.read_bytes())
+        except OSError as error:
+            raise PlanError(f"the data must be readable, got {str(file)!r}: {error.strerror}") from None
+        total += len(chunks[-1])
+        if limit_bytes is not None and total >= limit_bytes:
+            break
+    data = np.frombuffer(b"".join(chunks)[:limit_bytes], dtype=np.uint8)
+    if len(data) < 2:
+        raise PlanError(f"the data must hold at least two bytes of text, got {len(data)} in {str(path)!r}")
+    return ByteText(data, seq_len)
+
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".html", ".tex", ".c", ".h")
+
+
+def _text_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file())
+
+
+def standard_library_text(seq_len: int) -> ByteText:
+    """The source text of the Python standard library's own modules, which every machine has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    data = b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))
+    return ByteText(np.frombuffer(data[:STANDARD_LIBRARY_BYTES], dtype=np.uint8), seq_len)
+
+
+@frozen(eq=False)
+class HostBatch:
+    """One microbatch on the host: token ids and labels, [micro_batch, seq_len] int64."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def num_valid(self) -> int:
+        """Labels with a loss."""
+        return int((self.targets >= 0).sum())
+
+
+def collate(samples: Sequence[np.ndarray], seq_len: int) -> HostBatch:
+    """Samples as one microbatch: labels are the next tokens, IGNORED past the end of a sample."""
+    ids = np.zeros((len(samples), seq_len), dtype=np.int64)
+    targets = np.full((len(samples), seq_len), IGNORED, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        length = min(len(sample), seq_len + 1) - 1
+        ids[row, : len(sample[:seq_len])] = sample[:seq_len]
+        if length > 0:
+            targets[row, :length] = sample[1 : length + 1]
+    return HostBatch(ids, targets)
+
+
+def step_batches(plan: TrainingPlan, dataset: Dataset, *, consumed: int, dp_index: int) -> tuple[HostBatch, ...]:
+    """This data-parallel rank's microbatches of the step that starts after ``consumed`` samples."""
+    work = plan.workload
+    order = sample_indices(
+        num_samples=len(dataset), consumed=consumed, count=work.global_batch, seed=work.seed
+    )
+    slices = (
+        microbatch_slice(
+            dp=plan.topology.dp,
+            dp_index=dp_index,
+            num_microbatches=plan.num_microbatches,
+            microbatch=index,
+            micro_batch=plan.micro_batch,
+        )
+        for index in range(plan.num_microbatches)
+    )
+    return tuple(collate([dataset[i] for i in order[part]], work.seq_len) for part in slices)
+
+
+@frozen(eq=False)
+class DeviceTokens:
+    """A microbatch as segments take it: fresh tensors on the device, made when asked for."""
+
+    batch: HostBatch
+    device: torch.device
+
+    def token_ids(self) -> torch.Tensor:
+        """[T] int64."""
+        return self._fresh(self.batch.ids)
+
+    def labels(self) -> torch.Tensor:
+        """[T] int64."""
+        return self._fresh(self.batch.targets)
+
+    def _fresh(self, array: np.ndarray) -> torch.Tensor:
+        source = torch.from_numpy(array).flatten()
+        return torch.empty(source.shape, dtype=torch.int64, device=self.device).copy_(source)

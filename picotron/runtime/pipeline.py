@@ -1,0 +1,355 @@
+"""The walker: runs a plan's program on one rank, row by row, and nothing else.
+
+A ``Session`` opens what the plan needs (groups, weights, gradient buckets, optimizer) and takes steps. What
+it measures comes back in the planner's own types: every row in a ``Timeline``, live bytes at every segment's
+end in a ``MemoryTimeline``, payload by collective and group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, frozen
+
+from picotron.errors import ExecutionError
+from picotron.planner.body import Body, SegmentBody
+from picotron.planner.memory import MemoryTimeline
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.program import RECEIVES, SENDS, Kind, Row, anchored, rows
+from picotron.planner.timeline import STREAMS
+from picotron.planner.topology import Coordinate, coordinate, rank_of
+from picotron.runtime.backend import Backend, Handle
+from picotron.runtime.communicator import Communicator
+from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.kernels import rotary_tables
+from picotron.runtime.layout import DTYPES, WeightSource, initial_weights, own_placements, slice_of
+from picotron.runtime.memory import MemoryTracker
+from picotron.runtime.optimizer import (
+    clip_coefficient,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    owned_square_norm,
+)
+from picotron.runtime.segments import Context, Saved, make_runner
+from picotron.runtime.topology import open_groups
+
+Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
+
+
+class LossError(ExecutionError):
+    """The loss is not a finite number; the weights are still those of the last good step."""
+
+
+@frozen(kw_only=True)
+class StepResult:
+    """One step as every rank knows it, and what this rank measured of it.
+
+    ``entries`` are timeline rows in seconds since the step began on this rank's clock; ``memory`` is None
+    unless the step was asked to measure it.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    seconds: float
+    cpu_seconds: float
+    learning_rate: float
+    payload_bytes: tuple[tuple[str, str, int], ...]
+    entries: tuple[Entry, ...]
+    memory: MemoryTimeline | None = None
+
+
+@define
+class _Walk:
+    """What one step holds while it runs."""
+
+    batches: Sequence[HostBatch]
+    tracker: MemoryTracker | None
+    started: float
+    inputs: dict[tuple[Kind, int], torch.Tensor]  # received, by (F or B, microbatch)
+    output: torch.Tensor | None  # of the last compute row, to be sent
+    saved: dict[tuple[int, int], list[Saved]]
+    handles: dict[int, tuple[Handle, torch.Tensor]]
+    entries: list[Entry]
+    memory: list[tuple[int, int, int, int]]
+
+
+class Session:
+    """One rank's part of a plan, opened on a backend."""
+
+    def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
+        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
+        if backend.world_size != plan.topology.world_size:
+            raise ExecutionError(
+                f"the plan needs {plan.topology.world_size} ranks, got a world of {backend.world_size}; "
+                f"launch {plan.topology.world_size} processes or plan again",
+                rank=backend.rank,
+            )
+        self.plan, self.backend = plan, backend
+        self.where = coordinate(plan.topology, backend.rank)
+        self.program = plan.program(self.where.tp)
+        self.rows = rows(self.program, self.where.pp)
+        self.anchored = anchored(self.rows)
+        forward, backward = plan.bodies(self.where.pp, self.where.tp)
+        self.bodies: dict[Kind, Body] = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
+        self.communicator = Communicator(backend, open_groups(plan, backend))
+        self.placements = own_placements(plan, self.where)
+        self.dtype = DTYPES[plan.workload.precision]
+        self.weights = self._load(weights or initial_weights(plan))
+        self.flat_gradients, self.gradients = self._open_buckets()
+        self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
+        self.context = self._open_context()
+        segments = plan.stage_segments[self.where.pp]
+        self.runners = [make_runner(self.context, segment) for segment in segments]
+        self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
+        self.num_steps = 0
+
+    def _load(self, source: WeightSource) -> dict[str, torch.Tensor]:
+        return {
+            p.name: slice_of(source(p), p, self.where).to(self.backend.device, self.dtype) for p in self.placements
+        }
+
+    def _open_buckets(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """One flat gradient buffer a bucket, and each parameter's view of its own."""
+        flat, views = [], {}
+        for bucket in self.plan.stage_buckets[self.where.pp]:
+            sizes = [self.weights[name].numel() for name in bucket.names]
+            buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.backend.device)
+            for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
+                views[name] = part.view(self.weights[name].shape)
+            flat.append(buffer)
+        return flat, views
+
+    def _open_context(self) -> Context:
+        plan, model, device = self.plan, self.plan.model, self.backend.device
+        d = plan.dims(self.where.tp)
+        rotary = positions = None
+        if model.rope_theta is not None:
+            places = torch.arange(d.seq_len, device=device)
+            rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, self.dtype)
+        elif self.where.pp == 0:
+            first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
+            positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
+        return Context(
+            model=model,
+            dims=d,
+            tp_index=self.where.tp,
+            communicator=self.communicator,
+            weights=self.weights,
+            gradients=self.gradients,
+            statistics=self.statistics,
+            rotary=rotary,
+            positions=positions,
+        )
+
+    def standing_tensors(self) -> list[torch.Tensor]:
+        """Everything that lives between steps."""
+        constants = [*(self.context.rotary or ()), *([] if self.context.positions is None else [self.context.positions])]
+        return [
+            *self.weights.values(),
+            *self.flat_gradients,
+            *optimizer_tensors(self.optimizer),
+            self.statistics,
+            *constants,
+        ]
+
+    def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
+        """Run the program once over this rank's microbatches.
+
+        Raises LossError, before any weight changes, where loss or gradient norm is not finite.
+        """
+        tracker = MemoryTracker(self.standing_tensors()) if measure_memory else None
+        walk = _Walk(batches, tracker, self.backend.mark(), {}, None, {}, {}, [], [])
+        cpu_before = self.backend.cpu_seconds()
+        self.communicator.payload_bytes = {}
+        self.statistics.zero_()
+        for flat in self.flat_gradients:
+            flat.zero_()
+        with torch.no_grad(), tracker or nullcontext():
+            for index, row in enumerate(self.rows):
+                self._run(walk, index, row)
+        loss_sum, num_valid = self.statistics[1:].tolist()
+        result = StepResult(
+            step=self.num_steps,
+            loss=loss_sum / num_valid,
+            grad_norm=math.sqrt(float(self.statistics[0])),
+            num_tokens=int(num_valid),
+            seconds=self.backend.mark() - walk.started,
+            cpu_seconds=self.backend.cpu_seconds() - cpu_before,
+            learning_rate=learning_rate(self.plan.workload, self.num_steps),
+            payload_bytes=tuple(sorted((*key, size) for key, size in self.communicator.payload_bytes.items())),
+            entries=tuple(walk.entries),
+            memory=_memory_timeline(self.backend.rank, walk.memory) if tracker else None,
+        )
+        self.num_steps += 1
+        return result
+
+    def _run(self, walk: _Walk, index: int, row: Row) -> None:
+        """One row; what it did is recorded."""
+        if row.kind is Kind.REDUCE and row.anchor_row >= 0:
+            return  # posted inside its anchor
+        started = self._now(walk)
+        try:
+            self._act(walk, index, row)
+        except ExecutionError as error:
+            if error.action is None or error.position is None:
+                raise ExecutionError(
+                    str(error), rank=self.backend.rank, action=str(row), position=f"row {index}"
+                ) from error
+            raise
+        if row.kind not in SENDS and row.kind not in RECEIVES and row.kind is not Kind.REDUCE:
+            walk.entries.append((self.backend.rank, index, -1, 0, started, self._now(walk)))
+        self._note_memory(walk, index, -1)
+
+    def _act(self, walk: _Walk, index: int, row: Row) -> None:
+        if row.kind is Kind.FORWARD:
+            self._forward(walk, index, row)
+        elif row.kind is Kind.BACKWARD:
+            self._backward(walk, index, row)
+        elif row.kind in SENDS or row.kind in RECEIVES:
+            self._transfer(walk, index, row)
+        elif row.kind is Kind.WAIT:
+            self._wait(walk, row)
+        elif row.kind is Kind.REDUCE:
+            self._reduce(walk, index, row)
+        elif row.kind is Kind.COUNT:
+            self._count(walk, row)
+        elif row.kind is Kind.NORM:
+            self._norm(row)
+        else:
+            self._update()
+
+    def _forward(self, walk: _Walk, index: int, row: Row) -> None:
+        tokens = DeviceTokens(walk.batches[row.microbatch], self.backend.device)
+        x = walk.inputs.pop((Kind.FORWARD, row.microbatch), None)
+        if x is None:
+            x = torch.empty(0, dtype=self.dtype, device=self.backend.device)
+        kept: list[Saved] = []
+        for number, runner in enumerate(self.runners):
+            self._open_segment(walk, index, row, self.bodies[row.kind].segments[number])
+            x, saved = runner.forward(x, tokens)
+            kept.append(saved)
+            self._close_segment(walk, index, number)
+        walk.saved[row.stage, row.microbatch] = kept
+        walk.output = x
+
+    def _backward(self, walk: _Walk, index: int, row: Row) -> None:
+        gradient = walk.inputs.pop((Kind.BACKWARD, row.microbatch), None)
+        if gradient is None:
+            gradient = torch.empty(0, dtype=self.dtype, device=self.backend.device)
+        kept = walk.saved.pop((row.stage, row.microbatch))
+        for order, segment in enumerate(self.bodies[row.kind].segments):
+            number = len(kept) - 1
+            self._open_segment(walk, index, row, segment)
+            gradient = self.runners[number].backward(kept.pop(), gradient)
+            self._close_segment(walk, index, order)
+            for posted in self.anchored.get((index, number), ()):
+                self._reduce(walk, posted, self.rows[posted])
+        walk.output = gradient
+
+    def _open_segment(self, walk: _Walk, index: int, row: Row, segment: SegmentBody) -> None:
+        self.communicator.open(f"{row} {segment.name}", index, segment.collectives)
+        if walk.tracker is not None:
+            walk.tracker.restart_peak()
+
+    def _close_segment(self, walk: _Walk, index: int, order: int) -> None:
+        self.communicator.close()
+        self._note_memory(walk, index, order)
+
+    def _note_memory(self, walk: _Walk, index: int, operation: int) -> None:
+        if walk.tracker is not None:
+            walk.memory.append((index, operation, walk.tracker.live_bytes, walk.tracker.peak_bytes))
+            walk.tracker.restart_peak()
+
+    def _transfer(self, walk: _Walk, index: int, row: Row) -> None:
+        peer = rank_of(self.plan.topology, self._neighbour(row.peer))
+        channel = "forward" if row.kind in (Kind.SEND_F, Kind.RECV_F) else "backward"
+        if row.kind in SENDS:
+            tensor, walk.output = walk.output, None
+            assert tensor is not None
+            handle = self.communicator.send(tensor, peer, channel, row.bytes)
+        else:
+            d = self.context.dims
+            tensor = torch.empty(d.local_tokens, d.hidden, dtype=self.dtype, device=self.backend.device)
+            handle = self.communicator.receive(tensor, peer, channel, row.bytes)
+        walk.handles[index] = handle, tensor
+        now = self._now(walk)
+        stream = STREAMS.index("send" if row.kind in SENDS else "receive")
+        walk.entries.append((self.backend.rank, index, -1, stream, now, now))
+
+    def _neighbour(self, pp: int) -> Coordinate:
+        return Coordinate(pp=pp, dp=self.where.dp, cp=self.where.cp, tp=self.where.tp)
+
+    def _wait(self, walk: _Walk, row: Row) -> None:
+        handle, tensor = walk.handles.pop(row.target)
+        handle.wait()
+        target = self.rows[row.target]
+        if target.kind in RECEIVES:
+            phase = Kind.FORWARD if target.kind is Kind.RECV_F else Kind.BACKWARD
+            walk.inputs[phase, target.microbatch] = tensor
+
+    def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
+        flat = self.flat_gradients[row.part]
+        group = self.program.groups[row.group]
+        walk.handles[index] = self.communicator.start_all_reduce(flat, group, row.bytes), flat
+        now = self._now(walk)
+        walk.entries.append((self.backend.rank, index, -1, STREAMS.index("collective"), now, now))
+
+    def _count(self, walk: _Walk, row: Row) -> None:
+        count = self.statistics[2:]
+        count.fill_(sum(batch.num_valid for batch in walk.batches))
+        if row.bytes:
+            group = self.program.groups[row.group]
+            self.communicator.start_all_reduce(count, group, row.bytes).wait()
+
+    def _norm(self, row: Row) -> None:
+        """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
+        where, last = self.where, self.where.pp == self.plan.topology.pp - 1
+        self.statistics[0] = owned_square_norm(self.placements, where, self.gradients)
+        if not (last and where.tp == 0):
+            self.statistics[1:].zero_()
+        elif where.dp or where.cp:
+            self.statistics[2:].zero_()
+        if row.bytes:
+            group = self.program.groups[row.group]
+            self.communicator.start_all_reduce(self.statistics, group, row.bytes).wait()
+        values = self.statistics.tolist()
+        if not values[2]:
+            raise ExecutionError("a step needs at least one token with a label, got none", rank=self.backend.rank)
+        if not all(math.isfinite(value) for value in values):
+            raise LossError(
+                f"loss and gradient norm must be finite, got {values[1] / values[2]} and "
+                f"{math.sqrt(values[0]) if values[0] >= 0 else values[0]} in step {self.num_steps}; "
+                "the weights are those of the step before: lower the learning rate or look at the data",
+                rank=self.backend.rank,
+                action="NORM",
+                position=f"step {self.num_steps}",
+            )
+
+    def _update(self) -> None:
+        work = self.plan.workload
+        coefficient = clip_coefficient(math.sqrt(float(self.statistics[0])), work.max_grad_norm)
+        if coefficient < 1.0:
+            for flat in self.flat_gradients:
+                flat.mul_(coefficient)
+        rate = learning_rate(work, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _now(self, walk: _Walk) -> float:
+        return self.backend.mark() - walk.started
+
+
+def _memory_timeline(rank: int, entries: Iterable[tuple[int, int, int, int]]) -> MemoryTimeline:
+    columns: Any = np.array(list(entries), dtype=np.int64).reshape(-1, 4).T
+    return MemoryTimeline(
+        rank=rank, row=columns[0], operation=columns[1], live_bytes=columns[2], peak_bytes=columns[3]
+    )
