@@ -7,6 +7,8 @@ the slowest link that their group crosses. Sources: Williams et al. 2009, Roofli
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from attrs import frozen
 
 from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
@@ -78,7 +80,7 @@ def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int)
 def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
     """Seconds of one transfer between neighbouring stages, on the slowest such pair."""
     pipes = groups(plan.topology, "pp")
-    pairs = [pair for pipe in pipes for pair in zip(pipe, pipe[1:], strict=False)]
+    pairs = [pair for pipe in pipes for pair in pairwise(pipe)]
     if not pairs:
         return 0.0
     slowest = min((link_between(plan.cluster, pair) for pair in pairs), key=_rate)
@@ -114,15 +116,19 @@ def stage_cost(plan: TrainingPlan, stage: int) -> StageCost:
     def costs(body: Body) -> tuple[SegmentCost, ...]:
         return tuple(segment_cost(segment) for segment in body.segments)
 
-    return StageCost(forward=costs(forward), backward=costs(backward), update_seconds=update_seconds(plan, stage))
+    return StageCost(
+        forward=costs(forward), backward=costs(backward), update_seconds=update_seconds(plan, stage)
+    )
 
 
 def update_seconds(plan: TrainingPlan, stage: int) -> float:
-    """Gradient norm, clipping and optimizer, all bound by memory: gradients read three times and written
-    twice, and the parameters, main weights and moments read and written once.
+    """Seconds of gradient norm, clipping and optimizer, all bound by memory.
+
+    Gradients are read three times and written twice; parameters, main weights and moments are read and
+    written once.
     """
     where = Coordinate(pp=stage)
-    own = [local_numel(p, where) for p in plan.layout if p.stage == stage]
+    own = [local_numel(p, where) for p in plan.held(where)]
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     per_element = 5 * form.gradient + 2 * (form.compute + form.main + moments * form.moment)
     device, reached = plan.cluster.device, plan.cluster.efficiency

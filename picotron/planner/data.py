@@ -33,8 +33,10 @@ class Bucket:
     ready_segment: int
 
 
-def buckets(placements: Iterable[Placement], stage: int, *, itemsize: int, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """The buckets of ``stage``, in the order in which backward completes them.
+def buckets(
+    placements: Iterable[Placement], stage: int, *, itemsize: int, bucket_bytes: int
+) -> tuple[Bucket, ...]:
+    """The buckets of ``stage``'s ``placements``, in the order in which backward completes them.
 
     A bucket closes when it has reached ``bucket_bytes``; gradients with different groups to sum over never
     share one. Sizes are those of tensor-parallel rank 0, which holds the largest slices, so that every
@@ -42,14 +44,18 @@ def buckets(placements: Iterable[Placement], stage: int, *, itemsize: int, bucke
     """
     origin = Coordinate(pp=stage)
     backward_order = sorted(
-        (placement for placement in placements if placement.stage == stage), key=lambda placement: -placement.segment
+        (placement for placement in placements if placement.stage == stage),
+        key=lambda placement: -placement.segment,
     )
     open_: dict[tuple[str, ...], list[Placement]] = {}
+    filled: dict[tuple[str, ...], int] = {}
     closed: list[list[Placement]] = []
     for placement in backward_order:
         members = open_.setdefault(placement.partial, [])
         members.append(placement)
-        if sum(local_numel(member, origin) for member in members) * itemsize >= bucket_bytes:
+        filled[placement.partial] = filled.get(placement.partial, 0) + local_numel(placement, origin)
+        if filled[placement.partial] * itemsize >= bucket_bytes:
+            filled[placement.partial] = 0
             closed.append(open_.pop(placement.partial))
     closed += open_.values()
     closed.sort(key=lambda members: -min(member.segment for member in members))
@@ -71,7 +77,9 @@ def sample_indices(*, num_samples: int, consumed: int, count: int, seed: int) ->
     Each epoch visits every sample once, in a permutation of its own.
     """
     if num_samples < 1:
-        raise PlanError(f"the data must hold at least one sample, got {num_samples}; add text or shorten seq_len")
+        raise PlanError(
+            f"the data must hold at least one sample, got {num_samples}; add text or shorten seq_len"
+        )
     found: list[int] = []
     while len(found) < count:
         epoch, position = divmod(consumed + len(found), num_samples)
@@ -80,7 +88,9 @@ def sample_indices(*, num_samples: int, consumed: int, count: int, seed: int) ->
     return tuple(found)
 
 
-def microbatch_slice(*, dp: int, dp_index: int, num_microbatches: int, microbatch: int, micro_batch: int) -> slice:
+def microbatch_slice(
+    *, dp: int, dp_index: int, num_microbatches: int, microbatch: int, micro_batch: int
+) -> slice:
     """Which of a step's samples one microbatch of one data-parallel rank takes.
 
     Neighbouring samples go to one rank, microbatch by microbatch.

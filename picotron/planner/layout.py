@@ -142,7 +142,12 @@ def stage_segments(model: ModelSpec, stage_layers: tuple[int, ...]) -> tuple[tup
 
 
 def _placement(
-    model: ModelSpec, topology: Topology, parameter: Parameter, stage: int, segment: int, sequence_parallel: bool
+    model: ModelSpec,
+    topology: Topology,
+    parameter: Parameter,
+    stage: int,
+    segment: int,
+    sequence_parallel: bool,
 ) -> Placement:
     is_expert = parameter.role.startswith("expert_")
     cut = _cut(model, topology, parameter, axis="etp" if is_expert else "tp")
@@ -156,7 +161,9 @@ def _placement(
         cut=cut,
         replicated=("edp",) if is_expert else ("dp", "cp") if cut else ("dp", "cp", "tp"),
         partial=_partial_groups(model, topology, parameter, cut, sequence_parallel),
-        expert=(_expert_index(parameter.name), model.experts.num_experts) if is_expert and model.experts else None,
+        expert=(_expert_index(parameter.name), model.experts.num_experts)
+        if is_expert and model.experts
+        else None,
     )
 
 

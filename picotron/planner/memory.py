@@ -52,13 +52,14 @@ class MemoryTimeline:
 
 def static_bytes(plan: TrainingPlan, where: Coordinate) -> dict[Category, int]:
     """Bytes at ``where`` that stand all the time."""
-    own = [p for p in plan.layout if p.stage == where.pp]
+    own = plan.held(where)
     numel = sum(local_numel(p, where) for p in own)
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     return {
         "parameters": numel * form.compute,
         "gradients": numel * form.gradient,
-        "optimizer": numel * (form.main + moments * form.moment) + STEP_COUNTER_BYTES * len(own) * (moments > 0),
+        "optimizer": numel * (form.main + moments * form.moment)
+        + STEP_COUNTER_BYTES * len(own) * (moments > 0),
         "constants": STATISTICS_BYTES + _position_bytes(plan, where),
     }
 
@@ -89,9 +90,11 @@ def memory_timeline(plan: TrainingPlan, rank: int, *, program: Program | None = 
         live[CATEGORIES.index(category)] = size
     entries: list[tuple[int, int, int, int]] = []
     peak = live.copy()
-    norm_scratch = 3 * 8 * sum(p.stage == where.pp and counts_in_norm(p, where) for p in plan.layout)
+    norm_scratch = 8 * max(1, 3 * sum(counts_in_norm(p, where) for p in plan.held(where)))
     own = rows(program or plan.program(where.tp), where.pp)
     for index, row in enumerate(own):
+        if row.anchor_row >= 0:
+            continue  # posted inside another row; it allocates nothing
         for operation, (left, highest) in enumerate(bodies.get(row.kind, ())):
             if (live + highest).sum() > peak.sum():
                 peak = live + highest
@@ -131,5 +134,7 @@ def _timeline(rank: int, entries: list[tuple[int, int, int, int]], peak: np.ndar
         operation=columns[1],
         live_bytes=columns[2],
         peak_bytes=columns[3],
-        peak_by_category=tuple((name, int(size)) for name, size in zip(CATEGORIES, peak, strict=True) if size),
+        peak_by_category=tuple(
+            (name, int(size)) for name, size in zip(CATEGORIES, peak, strict=True) if size
+        ),
     )

@@ -66,7 +66,9 @@ class Schedule:
     @orders.validator
     def _valid(self, _: Attribute[object], orders: tuple[tuple[Action, ...], ...]) -> None:
         if set(self.stage_ranks) != set(range(len(orders))):
-            raise PlanError(f"every rank must hold a stage: {len(orders)} ranks, stages on {self.stage_ranks}")
+            raise PlanError(
+                f"every rank must hold a stage: {len(orders)} ranks, stages on {self.stage_ranks}"
+            )
         for rank, order in enumerate(orders):
             _check_order(self, rank, order)
 
@@ -190,7 +192,9 @@ def schedule_from_csv(text: str, *, name: str = "custom") -> Schedule:
     )
 
 
-def stage_split(layer_costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
+def stage_split(
+    layer_costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0
+) -> tuple[int, ...]:
     """Layers a stage, in order, so that the dearest stage costs least; every layer is in exactly one.
 
     ``first`` and ``last`` are what the embedding and the head add to the end stages, in the unit of

@@ -12,14 +12,15 @@ from typing import Literal
 from attrs import Attribute, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import Body, Dims, backward_body, dims, forward_body
+from picotron.planner.body import Body, Dims, dims
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
-from picotron.planner.layout import Placement, layout, local_numel, stage_segments
+from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
 from picotron.planner.model import ModelSpec, Segment, segments
 from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule, schedule_from_csv, stage_split
 from picotron.planner.program import Program, lower
+from picotron.planner.stage import backward_body, forward_body
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
 
@@ -128,7 +129,10 @@ class TrainingPlan:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
             self.dims(index)
-        if (self.schedule.num_ranks, self.schedule.num_microbatches) != (self.topology.pp, self.num_microbatches):
+        if (self.schedule.num_ranks, self.schedule.num_microbatches) != (
+            self.topology.pp,
+            self.num_microbatches,
+        ):
             raise PlanError(
                 f"the schedule must have {self.topology.pp} ranks and {self.num_microbatches} microbatches, "
                 f"got {self.schedule.num_ranks} and {self.schedule.num_microbatches}"
@@ -162,6 +166,18 @@ class TrainingPlan:
         return layout(self.model, self.topology, self.stage_layers, sequence_parallel=self.sequence_parallel)
 
     @cached_property
+    def stage_layout(self) -> tuple[tuple[Placement, ...], ...]:
+        """The placements of each stage."""
+        stages: tuple[list[Placement], ...] = tuple([] for _ in range(self.topology.pp))
+        for placement in self.layout:
+            stages[placement.stage].append(placement)
+        return tuple(map(tuple, stages))
+
+    def held(self, where: Coordinate) -> tuple[Placement, ...]:
+        """The placements that the rank at ``where`` holds a slice of, in plan order."""
+        return tuple(p for p in self.stage_layout[where.pp] if is_held(p, self.topology, where))
+
+    @cached_property
     def stage_segments(self) -> tuple[tuple[Segment, ...], ...]:
         """The model's segments, by stage."""
         return stage_segments(self.model, self.stage_layers)
@@ -170,7 +186,12 @@ class TrainingPlan:
     def stage_buckets(self) -> tuple[tuple[Bucket, ...], ...]:
         """Gradient buckets, by stage."""
         return tuple(
-            buckets(self.layout, stage, itemsize=self.format.gradient, bucket_bytes=self.bucket_bytes)
+            buckets(
+                self.held(Coordinate(pp=stage)),
+                stage,
+                itemsize=self.format.gradient,
+                bucket_bytes=self.bucket_bytes,
+            )
             for stage in range(self.topology.pp)
         )
 
@@ -197,9 +218,10 @@ class TrainingPlan:
     def bucket_payload_bytes(self, stage: int, tp_index: int = 0) -> tuple[int, ...]:
         """Bytes of each bucket of ``stage``."""
         where = Coordinate(pp=stage, tp=tp_index)
-        numel = {p.name: local_numel(p, where) for p in self.layout if p.stage == stage}
+        numel = {p.name: local_numel(p, where) for p in self.held(where)}
         return tuple(
-            sum(numel[name] for name in bucket.names) * self.format.gradient for bucket in self.stage_buckets[stage]
+            sum(numel[name] for name in bucket.names) * self.format.gradient
+            for bucket in self.stage_buckets[stage]
         )
 
     def program(self, tp_index: int = 0) -> Program:
@@ -252,7 +274,9 @@ def plan(
     if stage_layers is None:
         stage_layers = _balanced_layers(model, work, topology, micro_batch)
         if pp > 1:
-            chosen.append(f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage")
+            chosen.append(
+                f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage"
+            )
     custom = None if isinstance(schedule, str) else schedule
     if custom is None and schedule not in SCHEDULES:
         raise PlanError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -291,14 +315,18 @@ def _check_degrees(
             f"dp * micro_batch must divide global_batch {work.global_batch}, got {topology.dp} * {micro_batch} = {per_step}"
         )
     if topology.pp > model.num_layers:
-        raise PlanError(f"pp must be at most the model's {model.num_layers} layers, got pp={topology.pp}; lower pp")
+        raise PlanError(
+            f"pp must be at most the model's {model.num_layers} layers, got pp={topology.pp}; lower pp"
+        )
     check_tensor_parallel(model, tp=topology.tp, etp=topology.etp)
     if topology.ep > 1 and model.experts is None:
         raise PlanError(f"ep needs a model with experts, got ep={topology.ep} for {model.name}")
     if model.experts is not None and topology.ep > model.experts.num_experts:
         raise PlanError(f"ep must be at most the {model.experts.num_experts} experts, got ep={topology.ep}")
     if model.rope_theta is None and work.seq_len > model.max_positions:
-        raise PlanError(f"seq_len must be at most the model's {model.max_positions} learned positions, got {work.seq_len}")
+        raise PlanError(
+            f"seq_len must be at most the model's {model.max_positions} learned positions, got {work.seq_len}"
+        )
 
 
 def _degree_remedy(num_devices: int, topology: Topology) -> str:
@@ -308,7 +336,9 @@ def _degree_remedy(num_devices: int, topology: Topology) -> str:
     return f"pp * cp * tp = {rest} does not divide {num_devices}"
 
 
-def _balanced_layers(model: ModelSpec, work: Workload, topology: Topology, micro_batch: int) -> tuple[int, ...]:
+def _balanced_layers(
+    model: ModelSpec, work: Workload, topology: Topology, micro_batch: int
+) -> tuple[int, ...]:
     """The split of layers that makes the stage with the most forward FLOPs as cheap as can be."""
 
     def flops(segment: Segment) -> int:

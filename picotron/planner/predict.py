@@ -80,7 +80,9 @@ def predict(plan: TrainingPlan) -> Prediction:
         bubble_seconds=bubbles,
         bubble_fraction=_bubble_fraction(plan, seconds, bubbles),
         exposed_communication_seconds=step_seconds - _without_communication(program, seconds),
-        compute_seconds_by_rank=tuple(work[coordinate(plan.topology, r).pp] for r in range(plan.topology.world_size)),
+        compute_seconds_by_rank=tuple(
+            work[coordinate(plan.topology, r).pp] for r in range(plan.topology.world_size)
+        ),
         memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
         peak_memory_bytes=memory[fullest].max_bytes,
         peak_memory_rank=fullest,
@@ -95,7 +97,10 @@ def predict(plan: TrainingPlan) -> Prediction:
 def model_flops(plan: TrainingPlan, attention: AttentionCount) -> int:
     """FLOPs of the model in one step, forward and backward, without recomputation."""
     batch, seq_len = plan.workload.global_batch, plan.workload.seq_len
-    return sum(count(plan.model, batch=batch, seq_len=seq_len, attention=attention) for count in (forward_flops, backward_flops))
+    return sum(
+        count(plan.model, batch=batch, seq_len=seq_len, attention=attention)
+        for count in (forward_flops, backward_flops)
+    )
 
 
 def _executed_flops(plan: TrainingPlan) -> int:
@@ -117,6 +122,7 @@ def _bubble_fraction(plan: TrainingPlan, seconds: Durations, bubbles: tuple[floa
 
 def _without_communication(program: Program, seconds: Durations) -> float:
     """Makespan with every transfer and collective free."""
+
     def free(costs: tuple[SegmentCost, ...]) -> tuple[SegmentCost, ...]:
         return tuple(evolve(segment, communication_seconds=0.0) for segment in costs)
 
@@ -182,7 +188,10 @@ def _alike(plan: TrainingPlan, rank: int) -> tuple[Coordinate, tuple[int, int]]:
 def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:
     program = plan.program(where.tp)
     totals = payload_bytes(program, where.pp)
-    counts = {kind: sum(row.kind is kind for row in rows(program, where.pp)) for kind in (Kind.FORWARD, Kind.BACKWARD)}
+    counts = {
+        kind: sum(row.kind is kind for row in rows(program, where.pp))
+        for kind in (Kind.FORWARD, Kind.BACKWARD)
+    }
     for body, kind in zip(plan.bodies(where.pp, where.tp), counts, strict=True):
         for key, size in collective_bytes(body).items():
             totals[key] = totals.get(key, 0) + size * counts[kind]

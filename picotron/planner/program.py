@@ -61,7 +61,9 @@ class Row(NamedTuple):
         name = {Kind.FORWARD: "F", Kind.BACKWARD: "B"}.get(self.kind, self.kind.name)
         if self.kind is Kind.REDUCE:
             return f"{self.stage}{name}{self.part}"
-        return name if self.stage < 0 else f"{self.stage}{name}{self.microbatch if self.microbatch >= 0 else ''}"
+        return (
+            name if self.stage < 0 else f"{self.stage}{name}{self.microbatch if self.microbatch >= 0 else ''}"
+        )
 
 
 _COLUMNS = Row._fields
@@ -128,7 +130,9 @@ def lower(
     ``boundary_bytes``: what passes between stages for one microbatch. ``buckets`` and ``bucket_bytes``:
     for each stage. Raises PlanError where ranks would wait for each other in a circle.
     """
-    names = sorted({name for own in buckets for bucket in own for name in bucket.partial} | {"dp_cp", "world"})
+    names = sorted(
+        {name for own in buckets for bucket in own for name in bucket.partial} | {"dp_cp", "world"}
+    )
     per_rank = []
     for rank, order in enumerate(schedule.orders):
         lowered = _with_transfers(schedule, rank, order, boundary_bytes)
@@ -193,19 +197,25 @@ def _destination(schedule: Schedule, action: Action) -> int | None:
     return schedule.stage_ranks[stage] if 0 <= stage < schedule.num_stages else None
 
 
-def _with_counting(schedule: Schedule, rank: int, lowered: list[Row], names: list[str], data_parallel: bool) -> list[Row]:
+def _with_counting(
+    schedule: Schedule, rank: int, lowered: list[Row], names: list[str], data_parallel: bool
+) -> list[Row]:
     """The rank of the last stage first learns how many valid tokens its loss is divided by."""
     if schedule.stage_ranks[-1] != rank:
         return lowered
     count = Row(
-        Kind.COUNT, schedule.num_stages - 1, group=names.index("dp_cp"), bytes=COUNT_BYTES if data_parallel else 0
+        Kind.COUNT,
+        schedule.num_stages - 1,
+        group=names.index("dp_cp"),
+        bytes=COUNT_BYTES if data_parallel else 0,
     )
     return [count, *(_shifted(row, 1) for row in lowered)]
 
 
 def _shifted(row: Row, by: int) -> Row:
     return row._replace(
-        target=row.target + by if row.target >= 0 else -1, anchor_row=row.anchor_row + by if row.anchor_row >= 0 else -1
+        target=row.target + by if row.target >= 0 else -1,
+        anchor_row=row.anchor_row + by if row.anchor_row >= 0 else -1,
     )
 
 
@@ -227,7 +237,9 @@ def _with_reductions(
         return Row(Kind.REDUCE, stage, part=bucket.index, group=names.index(group), bytes=size)
 
     started = [
-        reduction(bucket, size, bucket.partial[0])._replace(anchor_row=anchor, anchor_segment=bucket.ready_segment)
+        reduction(bucket, size, bucket.partial[0])._replace(
+            anchor_row=anchor, anchor_segment=bucket.ready_segment
+        )
         for bucket, size in reduced
     ]
     shift = len(started)
@@ -302,7 +314,11 @@ def check_no_deadlock(program: Program) -> None:
             while at[rank] < len(own[rank]) and not blocked(rank):
                 at[rank] += 1
                 moved = True
-    stuck = [f"rank {rank} at {own[rank][i]} of {own[rank][own[rank][i].target]}" for rank, i in enumerate(at) if i < len(own[rank])]
+    stuck = [
+        f"rank {rank} at {own[rank][i]} of {own[rank][own[rank][i].target]}"
+        for rank, i in enumerate(at)
+        if i < len(own[rank])
+    ]
     if stuck:
         raise PlanError(f"the ranks of this schedule wait for each other: {'; '.join(stuck)}")
 

@@ -1,8 +1,8 @@
 """How values are read from JSON and written to files: strictly, and never by halves.
 
-A strict converter takes no unknown key, no number that is really text or a truth value, and no text in the
-place of a list. What it refuses becomes one PlanError with a "path: words" for each bad field, where the words
-are those of the validator. A file is written aside, in its own folder, and renamed.
+A strict converter takes no unknown key, no number that is really text or a truth value, and no text in place
+of a list. What it refuses becomes one PlanError with a "path: words" for each bad field, the words being the
+validator's own. A file is written aside, in its own folder, and renamed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ T = TypeVar("T")
 def strict_converter() -> Converter:
     """A converter of attrs classes to JSON values and back, for one room to keep under its own name."""
     converter = Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(float, lambda value, _: _checked(value, (int, float), "a number"))
+    converter.register_structure_hook(float, lambda value, _: _number(value))
     converter.register_structure_hook(int, lambda value, _: _checked(value, (int,), "an integer"))
     converter.register_structure_hook(str, lambda value, _: _checked(value, (str,), "text"))
     converter.register_structure_hook(bool, lambda value, _: _flag(value))
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _choice)
-    converter.register_structure_hook_factory(has, lambda cls: _of_object(make_dict_structure_fn(cls, converter)))
+    converter.register_structure_hook_func(_is_choice, _choice)
+    converter.register_structure_hook_factory(
+        has, lambda cls: _of_object(make_dict_structure_fn(cls, converter))
+    )
     converter.register_structure_hook_func(
-        lambda kind: get_origin(kind) is tuple and get_args(kind)[1:] == (...,),
-        lambda value, kind: tuple(
-            converter.structure(_checked(value, (list, tuple), "a list"), list[get_args(kind)[0]])  # type: ignore[misc]
-        ),
+        _is_sequence,
+        lambda value, kind: _items(converter, value, get_args(kind)[0]),
     )
     return converter
 
@@ -65,9 +65,12 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise PlanError(f"{what} must be a readable file, got {error.strerror} at {os.fspath(path)!r}") from error
+        raise PlanError(
+            f"{what} must be a readable file, got {error.strerror} at {os.fspath(path)!r}"
+        ) from error
     except ValueError as error:
-        raise PlanError(f"{what} must be a file of UTF-8 text, got {os.fspath(path)!r}: {error}") from error
+        words = f"{what} must be a file of UTF-8 text, got {error} in {os.fspath(path)!r}"
+        raise PlanError(words) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str, what: str) -> None:
@@ -84,7 +87,8 @@ def write_text(path: str | os.PathLike[str], text: str, what: str) -> None:
             _replace(target, text.encode())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"{what} must go to a file that can be written, got {reason} at {os.fspath(path)!r}") from error
+        words = f"{what} must go to a file that can be written, got {reason} at {os.fspath(path)!r}"
+        raise PlanError(words) from error
 
 
 def hint(word: str, known: Sequence[str]) -> str:
@@ -126,16 +130,40 @@ def _of_object(structure: Callable[[Any, Any], Any]) -> Callable[[object, Any], 
     return lambda value, cls: structure(_checked(value, (dict,), "an object"), cls)
 
 
+def _items(converter: Converter, value: object, item: Any) -> tuple[Any, ...]:
+    found: list[Any] = converter.structure(_checked(value, (list, tuple), "a list"), list[item])
+    return tuple(found)
+
+
 def _checked(value: object, types: tuple[type, ...], what: str) -> Any:
     if not isinstance(value, types) or isinstance(value, bool):
         raise PlanError(f"must be {what}, got {value!r}")
     return value
 
 
+def _number(value: object) -> float:
+    try:
+        return float(_checked(value, (int, float), "a number"))
+    except OverflowError:
+        raise PlanError(
+            f"must be a number that a float can hold, got one of {len(str(value))} digits"
+        ) from None
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise PlanError(f"must be true or false, got {value!r}")
     return value
+
+
+def _is_choice(kind: object) -> bool:
+    origin: object = get_origin(kind)
+    return origin is Literal
+
+
+def _is_sequence(kind: object) -> bool:
+    origin: object = get_origin(kind)
+    return origin is tuple and get_args(kind)[1:] == (...,)
 
 
 def _choice(value: object, kind: Any) -> object:
@@ -149,7 +177,8 @@ def _complaints(error: BaseException, path: str) -> list[str]:
     if isinstance(error, ClassValidationError):
         noted, whole = error.group_exceptions()
         below = [line for leaf, note in noted for line in _complaints(leaf, f"{path}.{note.name}")]
-        return below + [line for leaf in whole for line in _complaints(leaf, path + _field_at_fault(error.cl, leaf))]
+        at_fault = [(leaf, path + _field_at_fault(error.cl, leaf)) for leaf in whole]
+        return below + [line for leaf, place in at_fault for line in _complaints(leaf, place)]
     if isinstance(error, IterableValidationError):
         items, others = error.group_exceptions()
         below = [line for leaf, note in items for line in _complaints(leaf, f"{path}[{note.index}]")]

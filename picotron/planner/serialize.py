@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from csv import Error
 from functools import cache
 from typing import Any
 
-from attrs import field, fields, frozen, has
+from attrs import fields, frozen, has
 from cattrs import Converter
 
 from picotron.errors import PlanError
-from picotron.planner.pipeline import Schedule, schedule_to_csv
+from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv, schedule_to_csv
 from picotron.planner.plan import SCHEMA_VERSION, TrainingPlan
 from picotron.planner.records import read_json, read_text, strict_converter, structured, write_text
 
@@ -28,7 +29,10 @@ REMEDY = "make the plan again, or correct the file"
 
 @frozen(kw_only=True)
 class SavedSchedule:
-    """A schedule in a plan's file: ``sha256`` is the digest of its CSV, ``csv`` the orders of a custom one."""
+    """A schedule in a plan's file: its name, its parameters, the digest of its CSV.
+
+    ``csv`` holds the orders of a custom schedule.
+    """
 
     name: str
     num_ranks: int
@@ -42,8 +46,8 @@ class Difference:
     """One field in which two plans differ: where it is ("topology.tp"), and its value in each."""
 
     path: str
-    left: Any = field()
-    right: Any = field()
+    left: Any
+    right: Any
 
     def __str__(self) -> str:
         return f"{self.path}: {_shown(self.left)} -> {_shown(self.right)}"
@@ -52,7 +56,8 @@ class Difference:
 def plan_to_json(plan: TrainingPlan) -> str:
     """The plan as canonical JSON, which ``plan_from_json`` reads back to an equal plan."""
     data = to_data(plan)
-    data["schedule"] = to_data(_saved_schedule(data.pop("schedule_name"), data.pop("schedule_csv"), plan.schedule))
+    name, csv = data.pop("schedule_name"), data.pop("schedule_csv")
+    data["schedule"] = to_data(_saved_schedule(name, csv, plan.schedule))
     data["schema_version"] = SCHEMA_VERSION
     return json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n"
 
@@ -64,9 +69,10 @@ def plan_from_json(text: str) -> TrainingPlan:
         raise PlanError(f"$: must be an object, got {data!r}")
     _check_version(data)
     saved = structured(_converter(), _required(data, "schedule"), SavedSchedule, "$.schedule")
-    orders = {"schedule_name": saved.name, "schedule_csv": saved.csv}
+    _check_orders(saved)
     own = {key: value for key, value in data.items() if key not in ("schema_version", "schedule")}
-    for key in orders.keys() & own.keys():
+    orders = {"schedule_name": saved.name, "schedule_csv": saved.csv}
+    for key in sorted(orders.keys() & own.keys()):
         raise PlanError(f"$.{key}: no such field; it belongs in $.schedule")
     plan = structured(_converter(), own | orders, TrainingPlan)
     _check_schedule(saved, plan.schedule)
@@ -142,6 +148,17 @@ def _check_version(data: dict[str, Any]) -> None:
         )
 
 
+def _check_orders(saved: SavedSchedule) -> None:
+    """Raise PlanError unless the name is known, or the orders are a schedule's."""
+    if saved.csv is None and saved.name not in SCHEDULES:
+        raise PlanError(f"$.schedule.name: must be one of {', '.join(SCHEDULES)}, got {saved.name!r}")
+    try:
+        if saved.csv is not None:
+            schedule_from_csv(saved.csv)
+    except (ValueError, Error) as error:
+        raise PlanError(f"$.schedule.csv: {error}") from error
+
+
 def _check_schedule(saved: SavedSchedule, made: Schedule) -> None:
     """Raise PlanError unless the schedule made again is the one that was saved."""
     again = _saved_schedule(saved.name, saved.csv, made)
@@ -149,8 +166,8 @@ def _check_schedule(saved: SavedSchedule, made: Schedule) -> None:
         expected, found = getattr(again, attribute.name), getattr(saved, attribute.name)
         if expected != found:
             raise PlanError(
-                f"$.schedule.{attribute.name}: must be {expected!r}, as in the schedule made again from the plan, "
-                f"got {found!r}"
+                f"$.schedule.{attribute.name}: must be {expected!r}, "
+                f"as in the schedule made again from the plan, got {found!r}"
             )
 
 

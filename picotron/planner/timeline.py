@@ -18,7 +18,17 @@ from picotron.errors import PlanError
 from picotron.planner.cost import StageCost, group_seconds, send_seconds, stage_cost
 from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, anchored, matching_sends, rows
+from picotron.planner.program import (
+    COMPUTE,
+    RECEIVES,
+    SENDS,
+    Kind,
+    Program,
+    Row,
+    anchored,
+    matching_sends,
+    rows,
+)
 
 STREAMS = ("compute", "send", "receive", "collective")
 
@@ -70,13 +80,17 @@ def durations(plan: TrainingPlan, program: Program) -> Durations:
     """What the rows of ``program`` cost under ``plan``."""
     reductions = {
         (program.groups[group], size)
-        for kind, group, size in zip(program.kind.tolist(), program.group.tolist(), program.bytes.tolist(), strict=True)
+        for kind, group, size in zip(
+            program.kind.tolist(), program.group.tolist(), program.bytes.tolist(), strict=True
+        )
         if kind in (Kind.REDUCE, Kind.NORM, Kind.COUNT)
     }
     return Durations(
         stages=tuple(stage_cost(plan, stage) for stage in range(plan.topology.pp)),
         send_seconds=send_seconds(plan, plan.dims().local_bytes),
-        reduce_seconds={(group, size): group_seconds(plan, "all_reduce", group, size) for group, size in reductions},
+        reduce_seconds={
+            (group, size): group_seconds(plan, "all_reduce", group, size) for group, size in reductions
+        },
     )
 
 

@@ -122,10 +122,17 @@ def groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
         return _expert_groups(topology, axis)
     if axis == "embedding":
         return tuple(tuple(dict.fromkeys((pipe[0], pipe[-1]))) for pipe in groups(topology, "pp"))
-    if axis.startswith("tp:") and axis[3:].isdigit() and int(axis[3:]) > 0 and topology.tp % int(axis[3:]) == 0:
+    if (
+        axis.startswith("tp:")
+        and axis[3:].isdigit()
+        and int(axis[3:]) > 0
+        and topology.tp % int(axis[3:]) == 0
+    ):
         size = int(axis[3:])
         return tuple(
-            run[first : first + size] for run in groups(topology, "tp") for first in range(0, topology.tp, size)
+            run[first : first + size]
+            for run in groups(topology, "tp")
+            for first in range(0, topology.tp, size)
         )
     known = (*GROUP_AXES, *EXPERT_AXES, "embedding", "tp:k (k dividing tp)")
     raise PlanError(f"axis must be one of {', '.join(known)}, got {axis!r}")

@@ -16,12 +16,13 @@ Rules both keep:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from attrs import field, frozen
+from torch.utils._python_dispatch import _disable_current_modes
 
 from picotron.errors import ExecutionError
 
@@ -89,7 +90,7 @@ class Backend(Protocol):
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """Which rank this is."""
 
     @property
     def world_size(self) -> int:
@@ -166,6 +167,14 @@ class Backend(Protocol):
 
     def abort(self, error: BaseException) -> None:
         """Tell the other ranks that this one has failed with ``error``."""
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Inside, neither autograd nor a dispatch mode sees what is done."""
+    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    with torch.no_grad(), modes:
+        yield
 
 
 def check_ranks(rank: int, ranks: Sequence[int], world_size: int) -> tuple[int, ...]:

@@ -93,5 +93,8 @@ class Communicator:
 
     def _error(self, message: str) -> ExecutionError:
         return ExecutionError(
-            message, rank=self.backend.rank, action=self._action or None, position=f"row {self._row}, operation {self._cursor}"
+            message,
+            rank=self.backend.rank,
+            action=self._action or None,
+            position=f"row {self._row}, operation {self._cursor}",
         )

@@ -110,7 +110,9 @@ def collate(samples: Sequence[np.ndarray], seq_len: int) -> HostBatch:
     return HostBatch(ids, targets)
 
 
-def step_batches(plan: TrainingPlan, dataset: Dataset, *, consumed: int, dp_index: int) -> tuple[HostBatch, ...]:
+def step_batches(
+    plan: TrainingPlan, dataset: Dataset, *, consumed: int, dp_index: int
+) -> tuple[HostBatch, ...]:
     """This data-parallel rank's microbatches of the step that starts after ``consumed`` samples."""
     work = plan.workload
     order = sample_indices(

@@ -135,7 +135,7 @@ class Attention:
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """q [batch, s, heads, d]; k and v [batch, s, kv heads, d]."""
+        """Q [batch, s, heads, d]; k and v [batch, s, kv heads, d]."""
         self.leaves = [part.transpose(1, 2).detach().requires_grad_() for part in (q, k, v)]
         with torch.enable_grad():
             self.out = F.scaled_dot_product_attention(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from picotron.errors import ExecutionError
-from picotron.planner.layout import Placement, cut_ranges, is_held
+from picotron.planner.layout import Placement, cut_ranges
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import Coordinate, coordinate
 
@@ -39,11 +39,6 @@ def place_slice(whole: torch.Tensor, part: torch.Tensor, placement: Placement, w
         at += stop - start
 
 
-def own_placements(plan: TrainingPlan, where: Coordinate) -> tuple[Placement, ...]:
-    """The placements that the rank at ``where`` holds a slice of, in plan order."""
-    return tuple(placement for placement in plan.layout if is_held(placement, plan.topology, where))
-
-
 def initial_weights(plan: TrainingPlan) -> WeightSource:
     """First values that depend on the seed and the parameter's name only, never on the topology."""
     std = plan.model.init_std
@@ -69,7 +64,9 @@ def given_weights(tensors: Mapping[str, torch.Tensor]) -> WeightSource:
         if name not in tensors:
             raise ExecutionError(f"the weights must hold {name}, got {len(tensors)} other tensors")
         if tuple(tensors[name].shape) != placement.shape:
-            raise ExecutionError(f"{name} must have shape {placement.shape}, got {tuple(tensors[name].shape)}")
+            raise ExecutionError(
+                f"{name} must have shape {placement.shape}, got {tuple(tensors[name].shape)}"
+            )
         return tensors[name]
 
     return look_up
@@ -80,7 +77,7 @@ def assemble(plan: TrainingPlan, parts: Sequence[Mapping[str, torch.Tensor]]) ->
     whole: dict[str, torch.Tensor] = {}
     for rank, own in enumerate(parts):
         where = coordinate(plan.topology, rank)
-        for placement in _untied(own_placements(plan, where)):
+        for placement in _untied(plan.held(where)):
             if placement.name not in whole:
                 whole[placement.name] = own[placement.name].new_empty(placement.shape)
             place_slice(whole[placement.name], own[placement.name], placement, where)

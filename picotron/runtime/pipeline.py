@@ -27,7 +27,7 @@ from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
 from picotron.runtime.kernels import rotary_tables
-from picotron.runtime.layout import DTYPES, WeightSource, initial_weights, own_placements, slice_of
+from picotron.runtime.layout import DTYPES, WeightSource, initial_weights, slice_of
 from picotron.runtime.memory import MemoryTracker
 from picotron.runtime.optimizer import (
     clip_coefficient,
@@ -100,7 +100,7 @@ class Session:
         forward, backward = plan.bodies(self.where.pp, self.where.tp)
         self.bodies: dict[Kind, Body] = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
         self.communicator = Communicator(backend, open_groups(plan, backend))
-        self.placements = own_placements(plan, self.where)
+        self.placements = plan.held(self.where)
         self.dtype = DTYPES[plan.workload.precision]
         self.weights = self._load(weights or initial_weights(plan))
         self.flat_gradients, self.gradients = self._open_buckets()
@@ -113,7 +113,8 @@ class Session:
 
     def _load(self, source: WeightSource) -> dict[str, torch.Tensor]:
         return {
-            p.name: slice_of(source(p), p, self.where).to(self.backend.device, self.dtype) for p in self.placements
+            p.name: slice_of(source(p), p, self.where).to(self.backend.device, self.dtype)
+            for p in self.placements
         }
 
     def _open_buckets(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -151,7 +152,10 @@ class Session:
 
     def standing_tensors(self) -> list[torch.Tensor]:
         """Everything that lives between steps."""
-        constants = [*(self.context.rotary or ()), *([] if self.context.positions is None else [self.context.positions])]
+        constants = [
+            *(self.context.rotary or ()),
+            *([] if self.context.positions is None else [self.context.positions]),
+        ]
         return [
             *self.weights.values(),
             *self.flat_gradients,
@@ -184,7 +188,9 @@ class Session:
             seconds=self.backend.mark() - walk.started,
             cpu_seconds=self.backend.cpu_seconds() - cpu_before,
             learning_rate=learning_rate(self.plan.workload, self.num_steps),
-            payload_bytes=tuple(sorted((*key, size) for key, size in self.communicator.payload_bytes.items())),
+            payload_bytes=tuple(
+                sorted((*key, size) for key, size in self.communicator.payload_bytes.items())
+            ),
             entries=tuple(walk.entries),
             memory=_memory_timeline(self.backend.rank, walk.memory) if tracker else None,
         )
@@ -322,7 +328,9 @@ class Session:
             self.communicator.start_all_reduce(self.statistics, group, row.bytes).wait()
         values = self.statistics.tolist()
         if not values[2]:
-            raise ExecutionError("a step needs at least one token with a label, got none", rank=self.backend.rank)
+            raise ExecutionError(
+                "a step needs at least one token with a label, got none", rank=self.backend.rank
+            )
         if not all(math.isfinite(value) for value in values):
             raise LossError(
                 f"loss and gradient norm must be finite, got {values[1] / values[2]} and "

@@ -179,7 +179,9 @@ class SplitAttention(SegmentRunner):
         saved: Saved = {}
         source = self._normed(x, saved)
         parts = {
-            name: self._by_head(name, F.linear(source, self.w[f"{name}_proj.weight"], self.w.get(f"{name}_proj.bias")))
+            name: self._by_head(
+                name, F.linear(source, self.w[f"{name}_proj.weight"], self.w.get(f"{name}_proj.bias"))
+            )
             for name in ("q", "k", "v")
         }
         del source
@@ -260,9 +262,7 @@ class FusedAttention(SegmentRunner):
         return _fused_input_backward(self, "c_attn", saved, dy)
 
 
-def _fused_input_backward(
-    segment: SegmentRunner, name: str, saved: Saved, dy: torch.Tensor
-) -> torch.Tensor:
+def _fused_input_backward(segment: SegmentRunner, name: str, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
     """Backward of ``norm(x) @ weight + bias`` in Conv1D orientation from ``saved["gradient"]``, and of the
     residual.
     """
@@ -367,7 +367,11 @@ class Head(SegmentRunner):
 
     def __init__(self, context: Context, segment: Segment) -> None:
         super().__init__(context, segment)
-        name = next(n for n in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight") if n in context.weights)
+        name = next(
+            n
+            for n in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
+            if n in context.weights
+        )
         self.weight, self.weight_gradient = context.weights[name], context.gradients[name]
 
     def logits(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Distributed training plans as immutable values: found, priced, drawn and then executed unchanged.
+
+Names are found in their rooms when first asked for, so importing Picotron loads nothing else; the names of
+the runtime wing need torch, and are left out of ``__all__`` so that ``from picotron import *`` does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from picotron.errors import ExecutionError, PlanError
+    from picotron.planner.cluster import ClusterSpec
+    from picotron.planner.model import ModelSpec
+    from picotron.planner.pipeline import Schedule
+    from picotron.planner.plan import TrainingPlan, Workload, plan
+    from picotron.planner.predict import Prediction, predict
+    from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
+    from picotron.planner.topology import Topology
+    from picotron.runtime.compare import compare as compare
+    from picotron.runtime.run import Measurement as Measurement
+    from picotron.runtime.run import run as run
+
+__all__ = [
+    "ClusterSpec",
+    "Difference",
+    "ExecutionError",
+    "ModelSpec",
+    "PlanError",
+    "Prediction",
+    "Schedule",
+    "Topology",
+    "TrainingPlan",
+    "Workload",
+    "diff",
+    "fingerprint",
+    "load_plan",
+    "plan",
+    "predict",
+    "save_plan",
+]
+
+__version__ = "0.1.0"
+
+_PLANNER = {
+    "ClusterSpec": "picotron.planner.cluster",
+    "Difference": "picotron.planner.serialize",
+    "ExecutionError": "picotron.errors",
+    "ModelSpec": "picotron.planner.model",
+    "PlanError": "picotron.errors",
+    "Prediction": "picotron.planner.predict",
+    "Schedule": "picotron.planner.pipeline",
+    "Topology": "picotron.planner.topology",
+    "TrainingPlan": "picotron.planner.plan",
+    "Workload": "picotron.planner.plan",
+    "diff": "picotron.planner.serialize",
+    "fingerprint": "picotron.planner.serialize",
+    "load_plan": "picotron.planner.serialize",
+    "plan": "picotron.planner.plan",
+    "predict": "picotron.planner.predict",
+    "save_plan": "picotron.planner.serialize",
+}
+_RUNTIME = {
+    "Measurement": "picotron.runtime.run",
+    "compare": "picotron.runtime.compare",
+    "run": "picotron.runtime.run",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """The public name, from its room (PEP 562)."""
+        room = _PLANNER.get(name) or _RUNTIME.get(name)
+        if room is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(room), name)
+
+
+def __dir__() -> list[str]:
+    """The public names of both wings."""
+    return sorted({*globals(), *_PLANNER, *_RUNTIME})

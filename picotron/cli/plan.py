@@ -1,0 +1,133 @@
+"""``picotron plan``: a plan from flags that bear the names of ``plan`` and of the fields of ``Workload``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from attrs import NOTHING, fields
+
+from picotron.cli.common import (
+    STANDARD,
+    Subparsers,
+    command,
+    integers,
+    names,
+    read_source,
+    write_out,
+    write_result,
+)
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.model import ModelSpec
+from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv
+from picotron.planner.plan import Workload, plan
+from picotron.planner.serialize import plan_to_json
+
+EXAMPLE = (
+    "picotron plan llama-3.1-70b --cluster h100:16x8 --global-batch 1024 --seq-len 8192 "
+    "--tp 8 --pp 4 --dp 4 -o plan.json"
+)
+_INTEGER: dict[str, Any] = {"type": int, "metavar": "N"}
+PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "dp": (_INTEGER, "data-parallel degree (default: the devices that the others leave)"),
+    "pp": (_INTEGER, "pipeline stages (default 1)"),
+    "cp": (_INTEGER, "context-parallel degree (default 1)"),
+    "tp": (_INTEGER, "tensor-parallel degree (default 1)"),
+    "ep": (_INTEGER, "expert-parallel degree, which cuts the same ranks again (default 1)"),
+    "etp": (_INTEGER, "tensor-parallel degree of the experts (default 1)"),
+    "order": ({"type": names, "metavar": "AXES"}, "axes, slowest first (default pp,dp,cp,tp)"),
+    "schedule": ({}, f"{', '.join(SCHEDULES)}, or a .csv file of orders (default 1f1b)"),
+    "micro_batch": (_INTEGER, "sequences of a microbatch (default 1)"),
+    "sequence_parallel": (
+        {"action": argparse.BooleanOptionalAction},
+        "cut the tokens between tensor-parallel regions too (default: where it can)",
+    ),
+    "stage_layers": ({"type": integers, "metavar": "LAYERS"}, "layers of each stage, as in 20,20,20,20"),
+    "bucket_bytes": (_INTEGER, "bytes of a gradient bucket"),
+}
+WORKLOAD_HELP = {
+    "global_batch": "sequences of a step, over all ranks",
+    "seq_len": "tokens of a sequence",
+    "precision": "number format; bf16 keeps fp32 main weights",
+    "optimizer": "what updates the weights",
+    "learning_rate": "the highest learning rate",
+    "weight_decay": "decoupled weight decay",
+    "beta1": "decay of the first moment",
+    "beta2": "decay of the second moment",
+    "warmup_steps": "steps over which the learning rate rises",
+    "decay_steps": "step at which the learning rate has fallen to its least (0: it stays)",
+    "min_learning_rate_ratio": "the least learning rate, as a share of the highest",
+    "max_grad_norm": "gradients are clipped to this norm (0: they are not)",
+    "seed": "of the initial weights and the order of samples",
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare ``picotron plan``."""
+    parser = command(
+        subparsers,
+        "plan",
+        _execute,
+        summary="make a plan, print it and save it",
+        example=EXAMPLE,
+        json_help="print the plan's JSON in place of its picture",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a preset's name, or a path to a config.json")
+    parser.add_argument("--cluster", required=True, help="h100, h100:16x8 (nodes x devices) or a .json file")
+    parser.add_argument("-o", "--output", metavar="FILE", help="save the plan; - prints its JSON")
+    degrees = parser.add_argument_group("how the work is divided")
+    for name, (options, words) in PLAN_FLAGS.items():
+        degrees.add_argument(_flag(name), default=argparse.SUPPRESS, help=words, **options)
+    _add_workload(parser.add_argument_group("what is trained, and how"))
+
+
+def _add_workload(group: Any) -> None:
+    """One flag for each field of Workload."""
+    types = get_type_hints(Workload)
+    for attribute in fields(Workload):
+        required = attribute.default is NOTHING
+        words = WORKLOAD_HELP.get(attribute.name, attribute.name.replace("_", " "))
+        group.add_argument(
+            _flag(attribute.name),
+            required=required,
+            default=argparse.SUPPRESS,
+            help=words if required else f"{words} (default {attribute.default})",
+            **_accepted(types[attribute.name]),
+        )
+
+
+def _accepted(kind: Any) -> dict[str, Any]:
+    """What argparse must know of a field's type: a number's, or the names of a Literal."""
+    return {"type": kind, "metavar": "N"} if get_origin(kind) is None else {"choices": get_args(kind)}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _execute(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    options = {name: given[name] for name in PLAN_FLAGS if name in given}
+    if "schedule" in options:
+        options["schedule"] = read_schedule(options["schedule"])
+    made = plan(
+        ModelSpec.from_hf(arguments.model),
+        ClusterSpec.parse(arguments.cluster),
+        Workload(**{field.name: given[field.name] for field in fields(Workload) if field.name in given}),
+        **options,
+    )
+    text = plan_to_json(made)
+    if arguments.output is not None:
+        write_result(arguments.output, text, "a plan")
+    if arguments.output != STANDARD:
+        write_out(text if arguments.json else str(made))
+
+
+def read_schedule(source: str) -> str | Schedule:
+    """The name of a schedule as it is, or the schedule in a CSV file, bearing the file's name."""
+    if source == STANDARD:
+        return schedule_from_csv(read_source(source, "a schedule"))
+    if not source.endswith(".csv"):
+        return source
+    return schedule_from_csv(read_source(source, "a schedule"), name=Path(source).stem)

@@ -1,0 +1,607 @@
+"""Plans, schedules and timelines as text: pure functions from values to strings.
+
+The same value gives the same text, at most ``width`` columns wide where a width is taken. Axes carry units.
+A time chart has one row a rank and one column an equal share of time: a column shows what took most of it,
+and an action bears its name (``F0``: forward of microbatch 0) where that has room.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from attrs import frozen
+
+from picotron.errors import PlanError
+from picotron.planner.memory import MemoryTimeline, memory_timeline
+from picotron.planner.pipeline import Phase, Schedule
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.predict import Prediction, predict
+from picotron.planner.program import Kind, Row, rows
+from picotron.planner.timeline import Timeline
+from picotron.planner.topology import Coordinate, Topology, rank_of
+
+WIDTH = 100
+UNIT_COSTS = (1.0, 2.0)  # time units of one F and one B: two backward matmuls for each forward one
+
+FILLS: dict[str, str] = {
+    "idle": "·",
+    "forward": "░",
+    "backward": "▓",
+    "wait": "~",
+    "collective": "=",
+    "update": "u",
+}
+ACTIVITIES = tuple(FILLS)
+_MEANINGS: dict[str, str] = {
+    "idle": "idle",
+    "forward": "forward",
+    "backward": "backward",
+    "wait": "exposed transfer or reduction",
+    "collective": "collective",
+    "update": "update",
+}
+_ACTIVITY: dict[Kind, str] = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.COUNT: "collective",
+    Kind.NORM: "collective",
+    Kind.UPDATE: "update",
+}
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SECOND_UNITS = (
+    ("d", 86_400.0),
+    ("h", 3600.0),
+    ("min", 60.0),
+    ("s", 1.0),
+    ("ms", 1e-3),
+    ("µs", 1e-6),
+    ("ns", 1e-9),
+)
+_MEMORY_LETTERS = {"parameters": "P", "gradients": "G", "optimizer": "O", "activations": "A", "other": "x"}
+_MEMORY_HEADS = ("params", "grads", "optim", "activ", "other", "peak")
+_CLOCKS = {"predicted": "virtual time, predicted"}
+_CLOSE_TO_SCALE = 8  # a capacity more than this many times the peak is named, not drawn
+
+
+def human_bytes(size: int) -> str:
+    """Bytes for people, to three figures in binary units: ``12.0 GiB``."""
+    value, unit = abs(float(size)), 0
+    while round(value, _decimals(value)) >= 1024 and unit < len(_BYTE_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    sign = "-" if size < 0 else ""
+    return f"{sign}{value:.{_decimals(value) if unit else 0}f} {_BYTE_UNITS[unit]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds for people, to three figures: ``63.9 ms``; minutes and longer units from two of them on."""
+    size = abs(seconds)
+    if size == 0:
+        return "0 s"
+    unit, scale = next(
+        (unit for unit in _SECOND_UNITS if size >= unit[1] * (2 if unit[1] > 1 else 0.9995)),
+        _SECOND_UNITS[-1],
+    )
+    return f"{seconds / scale:.{_decimals(size / scale)}f} {unit}"
+
+
+def _decimals(value: float) -> int:
+    """Decimals that leave three figures."""
+    return 2 if value < 9.995 else 1 if value < 99.95 else 0
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.1%}".replace("%", " %")
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def rank_ranges(ranks: Iterable[int]) -> str:
+    """Ascending ranks, runs shortened: ``0-3`` for neighbours, ``0-12:4`` for every fourth from 0 to 12."""
+    left, pieces = sorted(ranks), []
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 1
+        count = 1
+        while count < len(left) and left[count] - left[count - 1] == step:
+            count += 1
+        if count < 3 and step > 1:
+            count = 1
+        run, left = left[:count], left[count:]
+        stride = f":{step}" if step > 1 else ""
+        pieces.append(f"{run[0]}-{run[-1]}{stride}" if count > 1 else str(run[0]))
+    return ",".join(pieces)
+
+
+@frozen(kw_only=True)
+class Bar:
+    """What one rank does from ``start_seconds`` to ``end_seconds`` since the step began."""
+
+    rank: int
+    activity: str  # one of ACTIVITIES but "idle", which is where no bar stands
+    start_seconds: float
+    end_seconds: float
+    label: str = ""
+
+
+def compute_bars(timeline: Timeline, programs: Sequence[Sequence[Row]]) -> tuple[Bar, ...]:
+    """What holds each rank's compute stream, in order of rank and time.
+
+    ``programs``: the rows of each rank that the timeline names. Of a WAIT counts only the part in which its
+    transfer or reduction was under way; before that the rank idles until another one posts.
+    """
+    origin, bars = float(timeline.start.min()), []
+    under_way = {(rank, row): (start, end) for rank, row, stream, start, end in _spans(timeline) if stream}
+    several = _several_stages(programs)
+    for rank, index, stream, start, end in _spans(timeline):
+        row = programs[rank][index]
+        if stream == 0 and row.kind is Kind.WAIT:
+            first, last = under_way.get((rank, row.target), (start, end))
+            start, end = max(start, first), min(end, last)
+        if stream == 0 and end > start:
+            bars.append(
+                Bar(
+                    rank=rank,
+                    activity=_ACTIVITY.get(row.kind, "wait"),
+                    start_seconds=start - origin,
+                    end_seconds=end - origin,
+                    label=_row_label(row, several),
+                )
+            )
+    return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
+
+
+def background_bars(timeline: Timeline, programs: Sequence[Sequence[Row]]) -> tuple[Bar, ...]:
+    """Transfers and reductions under way beside the computing, in order of rank and time."""
+    origin = float(timeline.start.min())
+    found = (
+        Bar(
+            rank=rank,
+            activity="wait" if programs[rank][index].kind is not Kind.REDUCE else "collective",
+            start_seconds=start - origin,
+            end_seconds=end - origin,
+            label=str(programs[rank][index]),
+        )
+        for rank, index, stream, start, end in _spans(timeline)
+        if stream and end > start
+    )
+    return tuple(sorted(found, key=lambda bar: (bar.rank, bar.start_seconds, bar.label)))
+
+
+def _spans(timeline: Timeline) -> list[tuple[int, int, int, float, float]]:
+    """(rank, row, stream, start, end) of whole rows."""
+    whole = timeline.operation == -1
+    columns = (timeline.rank, timeline.row, timeline.stream, timeline.start, timeline.end)
+    return list(zip(*(column[whole].tolist() for column in columns), strict=True))
+
+
+def _several_stages(programs: Sequence[Sequence[Row]]) -> bool:
+    """Whether some rank holds more than one stage, so that labels must name it."""
+    return any(
+        len({row.stage for row in own if row.kind in (Kind.FORWARD, Kind.BACKWARD)}) > 1 for own in programs
+    )
+
+
+def _row_label(row: Row, several: bool) -> str:
+    if row.kind in (Kind.FORWARD, Kind.BACKWARD):
+        text = str(row)
+        return text if several else text.removeprefix(str(row.stage))
+    return "" if row.kind is Kind.WAIT else row.kind.name.lower()
+
+
+def schedule_bars(schedule: Schedule, costs: tuple[float, float] = UNIT_COSTS) -> tuple[Bar, ...]:
+    """The schedule run as early as it can be, transfers free; times are units of ``costs``, an F and a B.
+
+    Raises PlanError where the ranks wait for each other.
+    """
+    several = schedule.num_stages > schedule.num_ranks
+    ended: dict[tuple[int, Phase, int], float] = {}
+    bars: list[Bar] = []
+    clock, at = [0.0] * schedule.num_ranks, [0] * schedule.num_ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in enumerate(schedule.orders):
+            while at[rank] < len(order):
+                action = order[at[rank]]
+                forward = action.phase is Phase.FORWARD
+                before = action.stage + (-1 if forward else 1)
+                inside = 0 <= before < schedule.num_stages
+                ready = ended.get((before, action.phase, action.microbatch)) if inside else 0.0
+                if ready is None:
+                    break
+                start = max(clock[rank], ready)
+                clock[rank] = start + costs[0 if forward else 1]
+                ended[action.stage, action.phase, action.microbatch] = clock[rank]
+                label = str(action) if several else f"{action.phase}{action.microbatch}"
+                bars.append(
+                    Bar(
+                        rank=rank,
+                        activity="forward" if forward else "backward",
+                        start_seconds=start,
+                        end_seconds=clock[rank],
+                        label=label,
+                    )
+                )
+                at[rank] += 1
+                moved = True
+    if len(bars) < sum(map(len, schedule.orders)):
+        stuck = [
+            f"rank {rank} at {order[i]}"
+            for (rank, order), i in zip(enumerate(schedule.orders), at, strict=True)
+            if i < len(order)
+        ]
+        raise PlanError(f"the ranks of this schedule wait for each other: {'; '.join(stuck)}")
+    return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
+
+
+def column_activities(bars: Iterable[Bar], *, span_seconds: float, columns: int) -> list[str]:
+    """For one rank's bars, the activity that takes most of each of ``columns`` equal shares of the span."""
+    taken = np.zeros((len(ACTIVITIES), columns))
+    for bar in bars:
+        first, last = (time / span_seconds * columns for time in (bar.start_seconds, bar.end_seconds))
+        for column in range(int(first), min(columns, math.ceil(last))):
+            taken[ACTIVITIES.index(bar.activity), column] += min(last, column + 1) - max(first, column)
+    taken[0] = 1.0 - taken[1:].sum(axis=0)
+    return [ACTIVITIES[index] for index in taken.argmax(axis=0).tolist()]
+
+
+def _chart_rows(own: dict[int, list[Bar]], *, span_seconds: float, columns: int) -> list[str]:
+    """Each rank's columns. Actions bear their names if most have room for theirs, else none does."""
+
+    def edges(bar: Bar) -> tuple[int, int]:
+        first, last = (_nearest(t / span_seconds * columns) for t in (bar.start_seconds, bar.end_seconds))
+        return first, last
+
+    def has_room(bar: Bar) -> bool:
+        first, last = edges(bar)
+        return last - first >= len(bar.label)
+
+    actions = [
+        has_room(bar) for bars in own.values() for bar in bars if bar.activity in ("forward", "backward")
+    ]
+    named = 2 * sum(actions) > len(actions)
+    out = []
+    for bars in own.values():
+        cells = [FILLS[name] for name in column_activities(bars, span_seconds=span_seconds, columns=columns)]
+        for bar in bars:
+            if named and bar.label and has_room(bar):
+                first, last = edges(bar)
+                cells[first:last] = bar.label.ljust(last - first, FILLS[bar.activity])
+        out.append("".join(cells))
+    return out
+
+
+def time_ticks(span_seconds: float, most: int) -> tuple[tuple[float, str], ...]:
+    """At most ``most`` + 1 round times from 0 to the span, each in seconds and as text with its unit."""
+    unit, scale = next((unit for unit in _SECOND_UNITS[3:] if span_seconds >= unit[1]), _SECOND_UNITS[-1])
+    return tuple((value * scale, f"{value:g} {unit}") for value in _round_values(span_seconds / scale, most))
+
+
+def _round_values(span: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from 0 to ``span``."""
+    power = math.floor(math.log10(span)) - 3
+    steps = (digit * 10.0**exponent for exponent in range(power, power + 6) for digit in (1, 2, 5))
+    step = next(step for step in steps if span / step <= max(1, most))
+    return [index * step for index in range(math.floor(span / step * (1 + 1e-12)) + 1)]
+
+
+def _axis(ticks: Iterable[tuple[int, str]], first: int, stop: int) -> str:
+    """Tick marks with their texts, for chart columns ``first`` to ``stop``; what has no room is left out."""
+    line = ""
+    for column, text in ticks:
+        offset, mark = column - first, f"|{text}"
+        if offset >= len(line) + (offset > 0) and offset + len(mark) <= stop - first:
+            line = line.ljust(offset) + mark
+    return line.ljust(stop - first)
+
+
+def _legend(bars: Iterable[Bar]) -> str:
+    """The fills that the bars need, each with its meaning."""
+    present = {"idle"} | {bar.activity for bar in bars}
+    return ", ".join(f"{FILLS[name]} {_MEANINGS[name]}" for name in ACTIVITIES if name in present)
+
+
+def _by_rank(bars: Iterable[Bar], ranks: Iterable[int]) -> dict[int, list[Bar]]:
+    found: dict[int, list[Bar]] = {rank: [] for rank in ranks}
+    for bar in bars:
+        found[bar.rank].append(bar)
+    return found
+
+
+def draw_schedule(schedule: Schedule, costs: tuple[float, float] | None = None, *, width: int = WIDTH) -> str:
+    """The classic grid of a schedule: one row a rank, equal columns of time, transfers free.
+
+    ``costs`` are the time units of one F and one B, 1 and 2 unless given. A grid wider than ``width`` shows
+    its beginning and its end, and says so.
+    """
+    costs = UNIT_COSTS if costs is None else costs
+    if min(costs) <= 0:
+        raise PlanError(f"costs must be positive time units of an F and a B, got {costs}")
+    bars = schedule_bars(schedule, costs)
+    units = max(bar.end_seconds for bar in bars)
+    unit_columns = math.ceil(max(len(bar.label) for bar in bars) / min(costs))
+    columns = math.ceil(units * unit_columns)
+    names = [f"rank {rank}" for rank in range(schedule.num_ranks)]
+    margin = len(names[-1]) + 2
+    windows = _windows(columns, room=width - margin, unit_columns=unit_columns)
+    span, own = columns / unit_columns, _by_rank(bars, range(schedule.num_ranks))
+    texts = _chart_rows(own, span_seconds=span, columns=columns)
+    ticks = [(_nearest(at * unit_columns), f"{at:g}") for at in _round_values(units, columns // 10)]
+    shown = " and ".join(f"{first / unit_columns:g}-{stop / unit_columns:g}" for first, stop in windows)
+    return _joined(
+        [
+            f"{schedule.name}: {len(names)} ranks, {schedule.num_microbatches} microbatches, {units:g} time "
+            f"units{f', shown: {shown}' if len(windows) > 1 else ''}",
+            *(
+                name.ljust(margin) + " … ".join(text[first:stop] for first, stop in windows)
+                for name, text in zip(names, texts, strict=True)
+            ),
+            "units".ljust(margin) + " … ".join(_axis(ticks, first, stop) for first, stop in windows),
+            _legend(bars),
+        ],
+        width,
+    )
+
+
+def _windows(columns: int, *, room: int, unit_columns: int) -> list[tuple[int, int]]:
+    """The chart columns to show: all, or the first and the last whole units that fit with an ellipsis."""
+    if columns <= room:
+        return [(0, columns)]
+    half = max(1, (room - 3) // 2 // unit_columns) * unit_columns
+    return [(0, half), (columns - half, columns)]
+
+
+def _nearest(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def draw_timeline(
+    timeline: Timeline,
+    programs: Sequence[Sequence[Row]],
+    *,
+    width: int = WIDTH,
+    labels: Sequence[str] | None = None,
+) -> str:
+    """The whole timeline to scale, one row a rank: what holds its compute stream, and when.
+
+    ``programs``: the rows of each rank that the timeline names. ``labels`` name the ranks, in their order.
+    """
+    bars = compute_bars(timeline, programs)
+    ranks = sorted(set(timeline.rank.tolist()))
+    names = [f"rank {rank}" for rank in ranks] if labels is None else list(labels)
+    margin = max(map(len, names)) + 2
+    columns, span = width - margin, max(timeline.makespan_seconds, 1e-12)
+    own = _by_rank(bars, ranks)
+    ticks = [(_nearest(at / span * columns), text) for at, text in time_ticks(span, columns // 12)]
+    return _joined(
+        [
+            f"one step: {human_seconds(span)} ({clock_name(timeline)}); a column is "
+            f"{human_seconds(span / columns)} and shows what took most of it",
+            *(
+                name.ljust(margin) + text
+                for name, text in zip(
+                    names, _chart_rows(own, span_seconds=span, columns=columns), strict=True
+                )
+            ),
+            "time".ljust(margin) + _axis(ticks, 0, columns),
+            _legend(bars),
+        ],
+        width,
+    )
+
+
+def clock_name(timeline: Timeline) -> str:
+    """What kind of seconds the timeline's are, for people."""
+    return _CLOCKS.get(timeline.clock, f"{timeline.clock} clock")
+
+
+def _joined(lines: Iterable[str], width: int) -> str:
+    """The lines, each at most ``width`` wide: a longer one goes on below, indented."""
+    return "\n".join(piece.rstrip() for line in lines for piece in _wrapped(line, width))
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    if len(line.rstrip()) <= width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    whole = line.replace(" GiB", "\0GiB")  # a number keeps its unit
+    return [piece.replace("\0", " ") for piece in textwrap.wrap(whole, width, subsequent_indent=indent)]
+
+
+def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
+    """Where each rank sits: pipeline stages down, data and context parallelism across, a cell a tp group.
+
+    Neighbouring columns are merged until the grid fits; ``a-b`` is every rank from a to b, ``a-b:k`` every
+    k-th. Each rank stands in exactly one cell.
+    """
+    names = [f"{name}: {held}" for name, held in zip(_stage_names(plan), stage_contents(plan), strict=True)]
+    margin = max(map(len, names)) + 2
+    for merged in _column_merges(plan.topology):
+        heads, cells = _grid_cells(plan.topology, merged)
+        size = max(len(text) for row in [heads, *cells] for text in row) + 2
+        if margin + size * len(heads) <= width + 2:
+            break
+    lines = ["ranks".ljust(margin) + "".join(head.ljust(size) for head in heads)]
+    for name, row in zip(names, cells, strict=True):
+        text = "".join(cell.ljust(size) for cell in row).rstrip()
+        pieces = (
+            [text] if len(text) <= width - margin else textwrap.wrap(text.replace(",", ", "), width - margin)
+        )
+        lines += [(name if piece is pieces[0] else "").ljust(margin) + piece for piece in pieces]
+    return _joined(lines, width)
+
+
+def _stage_names(plan: TrainingPlan) -> tuple[str, ...]:
+    digits = len(str(plan.topology.pp - 1))
+    return tuple(f"stage {stage:>{digits}}" for stage in range(plan.topology.pp))
+
+
+def stage_contents(plan: TrainingPlan) -> tuple[str, ...]:
+    """What each pipeline stage holds: ``embedding, layers 0-3``."""
+    out, first, last = [], 0, plan.topology.pp - 1
+    for stage, count in enumerate(plan.stage_layers):
+        layers = f"layers {first}-{first + count - 1}" if count > 1 else f"layer {first}"
+        out.append("embedding, " * (stage == 0) + layers + ", head" * (stage == last))
+        first += count
+    return tuple(out)
+
+
+def _column_merges(topology: Topology) -> list[tuple[int, int]]:
+    """How many dp and cp indices share a column, from none merged to all."""
+    within = [(1, size) for size in _divisors(topology.cp)]
+    return within + [(size, topology.cp) for size in _divisors(topology.dp) if size > 1]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _grid_cells(topology: Topology, merged: tuple[int, int]) -> tuple[list[str], list[list[str]]]:
+    """Column heads, and for each stage the ranks of each column."""
+    columns = [
+        (range(d, d + merged[0]), range(c, c + merged[1]))
+        for d in range(0, topology.dp, merged[0])
+        for c in range(0, topology.cp, merged[1])
+    ]
+    heads = [
+        f"dp {rank_ranges(dps)}" + (f" cp {rank_ranges(cps)}" if topology.cp > 1 else "")
+        for dps, cps in columns
+    ]
+    cells = [
+        [
+            rank_ranges(
+                rank_of(topology, Coordinate(pp=stage, dp=dp, cp=cp, tp=tp))
+                for dp in dps
+                for cp in cps
+                for tp in range(topology.tp)
+            )
+            for dps, cps in columns
+        ]
+        for stage in range(topology.pp)
+    ]
+    return heads, cells
+
+
+def stage_memory(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
+    """The fullest rank of each stage: its first, which holds the largest slices."""
+    program = plan.program()
+    return tuple(
+        memory_timeline(plan, rank_of(plan.topology, Coordinate(pp=stage)), program=program)
+        for stage in range(plan.topology.pp)
+    )
+
+
+def _memory_split(timeline: MemoryTimeline) -> dict[str, int]:
+    """Bytes of the highest moment under the headings that are drawn."""
+    split = dict.fromkeys(_MEMORY_LETTERS, 0)
+    for name, size in timeline.peak_by_category:
+        split[name if name in split else "other"] += size
+    return split
+
+
+def draw_memory(plan: TrainingPlan, *, width: int = WIDTH) -> str:
+    """The highest moment of each stage's fullest rank, by category, as numbers and as a bar.
+
+    All bars have one scale: to the device's capacity, marked ``|``, or to the highest peak where that is more
+    than the capacity or a small part of it.
+    """
+    splits = [_memory_split(timeline) for timeline in stage_memory(plan)]
+    capacity, peak = plan.cluster.device.memory_bytes, max(sum(split.values()) for split in splits)
+    drawn = capacity <= _CLOSE_TO_SCALE * peak
+    scale = max(capacity, peak) if drawn else peak
+    unit, unit_bytes = ("GiB", 2**30) if peak >= 2**30 else ("MiB", 2**20)
+    names = _stage_names(plan)
+    margin = max(map(len, names)) + 1
+    bar_columns = width - margin - 8 * (len(_MEMORY_LETTERS) + 1) - 2
+    mark = "| is" if drawn else f"{_percent(scale / capacity)} of"
+    lines = [
+        f"memory by stage in {unit}: its fullest rank at the highest moment; bars to {human_bytes(scale)}",
+        " " * margin
+        + "".join(head.rjust(8) for head in _MEMORY_HEADS)
+        + f"  {mark} the device's {human_bytes(capacity)}",
+    ]
+    for name, split in zip(names, splits, strict=True):
+        numbers = [*split.values(), sum(split.values())]
+        texts = "".join(f"{number / unit_bytes:8.{_decimals(peak / unit_bytes)}f}" for number in numbers)
+        bar = _memory_bar(split, scale, bar_columns, capacity if drawn else None)
+        lines.append(f"{name.ljust(margin)}{texts}  {bar}")
+    lines.append(", ".join(f"{letter} {name}" for name, letter in _MEMORY_LETTERS.items()))
+    return _joined(lines, width)
+
+
+def _memory_bar(split: dict[str, int], scale: int, columns: int, capacity: int | None) -> str:
+    """``columns`` characters; a heading's share of them is that of its bytes of ``scale``."""
+    bar, total = "", 0
+    for name, size in split.items():
+        total += size
+        bar = bar.ljust(_nearest(total / scale * columns), _MEMORY_LETTERS[name])
+    bar = bar.ljust(columns, FILLS["idle"])
+    if capacity is None:
+        return bar
+    at = min(columns - 1, math.floor(capacity / scale * columns))
+    return f"{bar[:at]}|{bar[at + 1 :]}"
+
+
+def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
+    """The figures of one predicted step, and whether it fits; each misfit has its line."""
+    exposed = prediction.exposed_communication_seconds
+    figures = [
+        ("step time", human_seconds(prediction.step_seconds)),
+        ("tokens/s", _rate(prediction.tokens_per_second)),
+        ("tokens/s/device", _rate(prediction.tokens_per_second_per_device)),
+        ("bubble", f"{_percent(prediction.bubble_fraction)} of the schedule"),
+        (
+            "exposed communication",
+            f"{human_seconds(exposed)} ({_percent(exposed / prediction.step_seconds)})",
+        ),
+        ("MFU", f"{_percent(prediction.mfu)} (full attention)"),
+        ("MFU causal", _percent(prediction.mfu_causal)),
+        ("HFU", _percent(prediction.hfu)),
+        ("peak memory", f"{human_bytes(prediction.peak_memory_bytes)} on rank {prediction.peak_memory_rank}"),
+        ("margin", f"{human_bytes(prediction.margin_bytes)} of {human_bytes(prediction.capacity_bytes)}"),
+    ]
+    half = (len(figures) + 1) // 2
+    lines = [
+        _figure(*left) + (_figure(*right) if right else "")
+        for left, right in zip(figures[:half], [*figures[half:], None][:half], strict=True)
+    ]
+    verdict = (
+        ["fits: yes"] if prediction.fits else ["fits: NO", *(f"  {line}" for line in prediction.misfits)]
+    )
+    return _joined(["predicted for one step, nothing has run", *lines, *verdict], width)
+
+
+def _figure(name: str, value: str) -> str:
+    return f"  {name.ljust(22)}{value.ljust(26)}"
+
+
+def draw_plan(plan: TrainingPlan, *, width: int = WIDTH) -> str:
+    """The whole plan on a page: request, choices, grid of ranks, schedule over time, memory, prediction."""
+    prediction = predict(plan)
+    program = plan.program()
+    programs = [rows(program, stage) for stage in range(plan.topology.pp)]
+    sections = [
+        _joined([*_headline(plan), *(f"  chosen {choice}" for choice in plan.chosen)], width),
+        draw_grid(plan, width=width),
+        draw_timeline(prediction.timeline, programs, width=width, labels=_stage_names(plan)),
+        draw_memory(plan, width=width),
+        draw_prediction(prediction, width=width),
+    ]
+    return "\n\n".join(sections)
+
+
+def _headline(plan: TrainingPlan) -> list[str]:
+    work, topology, cluster = plan.workload, plan.topology, plan.cluster
+    degrees = [f"{axis}={getattr(topology, axis)}" for axis in ("pp", "dp", "cp", "tp")]
+    degrees += [f"{axis}={getattr(topology, axis)}" for axis in ("ep", "etp") if getattr(topology, axis) > 1]
+    parallel = " ".join(degrees) + (", sequence parallel" if plan.sequence_parallel else "")
+    tokens = work.global_batch * work.seq_len
+    return [
+        f"{plan.model.name} on {cluster.num_devices} x {cluster.device.name} ({cluster.name}): {parallel}",
+        f"batch {work.global_batch} x {work.seq_len} = {tokens:,} tokens a step, {plan.num_microbatches} "
+        f"microbatches of {plan.micro_batch}, {plan.schedule_name}, {work.precision}, {work.optimizer}",
+    ]

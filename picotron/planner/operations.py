@@ -1,0 +1,180 @@
+"""Collects the operations of one segment on one rank; the vocabulary in which the bodies are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from picotron.planner.body import Category, Dims, Operation, Tensor
+from picotron.planner.model import ModelSpec
+
+
+class Operations:
+    """Collects the operations of one segment; keeps what is alive so that a free knows its bytes."""
+
+    def __init__(self, d: Dims, index: int) -> None:
+        self.d, self.index = d, index
+        self.operations: list[Operation] = []
+
+    def x(self, offset: int = 0) -> Tensor:
+        """The tensor that enters (or, with offset 1, leaves) this segment."""
+        return Tensor(f"{self.index + offset}.x", self.d.local_bytes, "activations")
+
+    def g(self, offset: int = 0) -> Tensor:
+        """Its gradient."""
+        return Tensor(f"{self.index + offset}.g", self.d.local_bytes, "workspace")
+
+    def tensor(self, name: str, elements: int, category: Category = "workspace", itemsize: int = 0) -> Tensor:
+        return Tensor(f"{self.index}.{name}", elements * (itemsize or self.d.itemsize), category)
+
+    def saved(self, name: str, elements: int, itemsize: int = 0) -> Tensor:
+        return self.tensor(name, elements, "activations", itemsize)
+
+    def matmul(
+        self,
+        name: str,
+        m: int,
+        k: int,
+        n: int,
+        *,
+        batch: int = 1,
+        creates: Iterable[Tensor] = (),
+        frees: Iterable[Tensor] = (),
+    ) -> None:
+        """[m, k] @ [k, n], ``batch`` times."""
+        self.operations.append(
+            Operation(
+                name=name,
+                kind="matmul",
+                flops=2 * m * k * n * batch,
+                moved_bytes=(m * k + k * n + m * n) * batch * self.d.itemsize,
+                creates=tuple(creates),
+                frees=tuple(frees),
+            )
+        )
+
+    def kernel(
+        self,
+        name: str,
+        elements: int,
+        *,
+        passes: int = 2,
+        kernels: int = 1,
+        creates: Iterable[Tensor] = (),
+        frees: Iterable[Tensor] = (),
+    ) -> None:
+        """A memory-bound step that reads or writes ``elements`` ``passes`` times in all."""
+        self.operations.append(
+            Operation(
+                name=name,
+                kind="kernel",
+                moved_bytes=elements * passes * self.d.itemsize,
+                kernels=kernels,
+                creates=tuple(creates),
+                frees=tuple(frees),
+            )
+        )
+
+    def collective(
+        self,
+        kind: str,
+        name: str,
+        payload_bytes: int,
+        *,
+        group: str = "tp",
+        creates: Iterable[Tensor] = (),
+        frees: Iterable[Tensor] = (),
+    ) -> None:
+        self.operations.append(
+            Operation(
+                name=name,
+                kind=kind,
+                kernels=0,
+                group=group,
+                payload_bytes=payload_bytes,
+                creates=tuple(creates),
+                frees=tuple(frees),
+            )
+        )
+
+    def gathered(self, name: str, local: Tensor, *, keep: bool = False) -> Tensor:
+        """All tokens of ``local``: gathered under sequence parallelism, else ``local`` itself."""
+        if not self.d.sequence_parallel:
+            return local
+        full = self.tensor(name, self.d.tokens * self.d.hidden)
+        self.collective("all_gather", name, full.bytes, creates=[full], frees=[] if keep else [local])
+        return full
+
+    def reduced(self, name: str, full: Tensor, local: Tensor) -> None:
+        """Sum ``full`` over tp into ``local`` (the same tensor without sequence parallelism)."""
+        if self.d.sequence_parallel:
+            self.collective("reduce_scatter", name, full.bytes, creates=[local], frees=[full])
+        elif self.d.tp > 1:
+            self.collective("all_reduce", name, full.bytes)
+
+    def partial_sum(self, local: Tensor) -> Tensor:
+        """Where a row-parallel product lands before it is reduced into ``local``."""
+        return self.tensor("partial", self.d.tokens * self.d.hidden) if self.d.sequence_parallel else local
+
+    def norm(self, model: ModelSpec) -> Tensor:
+        """The segment's norm over hidden; keeps its statistics."""
+        normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
+        self.kernel(
+            "norm",
+            self.d.local_tokens * self.d.hidden,
+            passes=5 if model.norm == "rms" else 3,
+            kernels=7 if model.norm == "rms" else 1,
+            creates=[normed, *self.statistics(model)],
+        )
+        return normed
+
+    def statistics(self, model: ModelSpec) -> list[Tensor]:
+        names = ("inverse",) if model.norm == "rms" else ("mean", "inverse")
+        return [self.saved(name, self.d.local_tokens) for name in names]
+
+    def norm_again(self, model: ModelSpec) -> Tensor:
+        """The normed input, computed again in backward rather than kept."""
+        normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
+        scratch = (
+            [] if model.norm == "rms" else [self.tensor(f"again{i}", self.d.local_tokens) for i in range(2)]
+        )
+        self.kernel(
+            "norm again",
+            self.d.local_tokens * self.d.hidden,
+            passes=4,
+            creates=[normed, *scratch],
+            frees=scratch,
+        )
+        return normed
+
+    def norm_backward(self, model: ModelSpec, full: Tensor) -> None:
+        """From the gradient of the normed input (``full``) to ``i.g``, in place for RMS norms."""
+        d, x, incoming = self.d, self.x(), self.g(1)
+        size = d.local_tokens * d.hidden
+        after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
+        if model.norm == "rms":
+            self.reduced("reduce gradient", full, self.g())
+            self.rms_backward("norm backward", d.local_tokens, d.hidden)
+        else:
+            part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
+            self.reduced("reduce gradient", full, part)
+            small = [self.tensor("dscale", d.hidden), self.tensor("dshift", d.hidden)]
+            self.kernel("norm backward", size, passes=5, creates=[self.g(), *small], frees=[part, *small])
+        self.kernel("residual gradient", size, passes=0 if self.is_last else 3, frees=after)
+
+    is_last = False  # the head: nothing comes back into it and it adds no residual
+
+    def dnormed(self, model: ModelSpec) -> Tensor:
+        """Where the gradient of the normed input lands before it is reduced."""
+        in_place = model.norm == "rms" and not self.d.sequence_parallel
+        return self.g() if in_place else self.tensor("dnormed", self.d.tokens * self.d.hidden)
+
+    def rms_backward(self, name: str, rows: int, width: int) -> None:
+        unit, product = (
+            self.tensor(f"{name} unit", rows * width),
+            self.tensor(f"{name} product", rows * width),
+        )
+        small, dot = self.tensor(f"{name} scale", width), self.tensor(f"{name} dot", rows)
+        self.kernel(name, rows * width, passes=3, creates=[unit])
+        self.kernel(name, rows * width, passes=4, kernels=2, creates=[product, small], frees=[small])
+        self.kernel(name, rows * width, passes=2, creates=[dot], frees=[product])
+        self.kernel(name, rows * width, passes=7, kernels=3, frees=[unit, dot])

@@ -1,0 +1,349 @@
+"""The world of torch.distributed: gloo on CPU, NCCL on CUDA. The one module that imports it.
+
+A process opens one backend at a time; torch's default group is then that backend's world. ``connect`` reads
+torchrun's environment once a process; several backends can follow one another over the same ``Processes``,
+each over all of them or over a part, whose ranks then count from 0.
+
+- avg on gloo is the sum, divided when waited for.
+- A channel is a tag on gloo. On NCCL it is a communicator of its own per pair, made by its first operation,
+  which therefore waits for the peer's first on that channel.
+- Whatever torch raises, because a peer died or the timeout passed, is an ExecutionError that names rank and
+  operation, and the failure a rank announced by ``abort`` if there was one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from attrs import define, frozen
+from torch.distributed.rendezvous import rendezvous
+
+from picotron.errors import ExecutionError
+from picotron.runtime.backend import (
+    Capabilities,
+    Group,
+    Handle,
+    check_all_gather,
+    check_all_reduce,
+    check_all_to_all,
+    check_broadcast,
+    check_message,
+    check_ranks,
+    check_reduce_scatter,
+    unseen,
+)
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+TIMEOUT_SECONDS = 600.0
+
+GLOO = Capabilities(name="gloo", virtual_time=False, fused_reduce_scatter=False)
+NCCL = Capabilities(name="nccl", virtual_time=False, fused_reduce_scatter=True)
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "avg": dist.ReduceOp.AVG}
+# Renamed in torch 2.13; the older names then warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@frozen
+class Processes:
+    """The processes of one launch, as one of them sees them, and the store they share."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: Store
+
+
+def connect(timeout_seconds: float = TIMEOUT_SECONDS) -> Processes:
+    """The processes that torchrun started, from its environment. Call it once a process."""
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ExecutionError(
+            f"the environment must name {', '.join(_VARIABLES)}; missing {', '.join(missing)}: "
+            "start with torchrun, or choose the simulated backend"
+        )
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    return Processes(rank, world_size, int(os.environ["LOCAL_RANK"]), store)
+
+
+class DistributedBackend:
+    """One process's rank in a world of processes: all of a launch, or its members ``ranks``."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        device: torch.device | str | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        everyone = range(processes.world_size)
+        members = check_ranks(processes.rank, everyone if ranks is None else ranks, processes.world_size)
+        if processes.rank not in members:
+            raise ExecutionError(f"only members open a world, this one is {members}", rank=processes.rank)
+        if dist.is_initialized():
+            raise ExecutionError("a process opens one world at a time: close the other", rank=processes.rank)
+        self.rank, self.world_size = members.index(processes.rank), len(members)
+        self.device = _device(device, processes.local_rank)
+        self.capabilities = NCCL if self.device.type == "cuda" else GLOO
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._store = _fresh_store(processes, members)
+        self._pairs: dict[tuple[int, str], Any] = {}  # NCCL communicators by peer and channel
+        self._tags: dict[int, str] = {}
+        self._started_cpu_seconds = time.process_time()
+        with self._named("open"):
+            dist.init_process_group(
+                "gloo" if self.capabilities is GLOO else "cpu:gloo,cuda:nccl",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=self._timeout,
+            )
+
+    @classmethod
+    def open(
+        cls,
+        device: torch.device | str | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        ranks: Sequence[int] | None = None,
+    ) -> Self:
+        """A backend over the processes torchrun started; ``device`` is cuda if there is one, else cpu."""
+        processes = connect(timeout_seconds)
+        return cls(processes, device=device, timeout_seconds=timeout_seconds, ranks=ranks)
+
+    def close(self) -> None:
+        """Close every communicator; a second call does nothing."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        """Hand over the backend itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close, after every rank has come this far, or after telling the others of an error."""
+        if error is not None:
+            self.abort(error)
+            return
+        try:
+            self.barrier()
+        finally:
+            self.close()
+
+    def new_group(self, ranks: Sequence[int], name: str = "") -> Group:
+        """A communicator of ascending ``ranks``."""
+        members = check_ranks(self.rank, ranks, self.world_size)
+        with self._named("new_group"):
+            return Group(members, name, dist.new_group(list(members), timeout=self._timeout))
+
+    def all_reduce(self, tensor: torch.Tensor, group: Group, op: str = "sum") -> Handle:
+        """Replace ``tensor`` by its sum, max or avg over the group."""
+        check_all_reduce(self.rank, group, tensor, op)
+        torch_op, finish = self._reduction(op, tensor, group)
+        return self._post(
+            "all_reduce", group, lambda pg: dist.all_reduce(tensor, torch_op, group=pg, async_op=True), finish
+        )
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Write to ``output`` the members' inputs, concatenated."""
+        check_all_gather(self.rank, group, output, input)
+        return self._post("all_gather", group, lambda pg: _all_gather(output, input, group=pg, async_op=True))
+
+    def reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, group: Group, op: str = "sum"
+    ) -> Handle:
+        """Write to ``output`` this rank's part of the reduced inputs."""
+        check_reduce_scatter(self.rank, group, output, input, op)
+        torch_op, finish = self._reduction(op, output, group)
+        return self._post(
+            "reduce_scatter",
+            group,
+            lambda pg: _reduce_scatter(output, input, torch_op, group=pg, async_op=True),
+            finish,
+        )
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        group: Group,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> Handle:
+        """Exchange parts: part i of ``input`` goes to member i."""
+        received, sent = check_all_to_all(self.rank, group, output, input, output_sizes, input_sizes)
+        return self._post(
+            "all_to_all",
+            group,
+            lambda pg: dist.all_to_all_single(
+                output, input, list(received), list(sent), group=pg, async_op=True
+            ),
+        )
+
+    def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
+        """Replace ``tensor`` by that of world rank ``source``."""
+        check_broadcast(self.rank, group, tensor, source)
+        return self._post(
+            "broadcast", group, lambda pg: dist.broadcast(tensor, source, group=pg, async_op=True)
+        )
+
+    def send(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
+        """Send to ``peer``; on gloo it may end only when the receive is posted."""
+        check_message(self.rank, "send", tensor, peer, self.world_size)
+        with self._named(action := f"send to rank {peer} on channel {channel!r}"):
+            if self.capabilities is NCCL:
+                work = self._pair(peer, channel).send([tensor], int(peer > self.rank), 0)
+            else:
+                work = dist.isend(tensor, peer, tag=self._tag(channel))
+        return DistributedHandle(self, action, work, None)
+
+    def recv(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
+        """Receive into ``tensor`` the next message of ``peer`` on ``channel``."""
+        check_message(self.rank, "recv", tensor, peer, self.world_size)
+        with self._named(action := f"recv from rank {peer} on channel {channel!r}"):
+            if self.capabilities is NCCL:
+                work = self._pair(peer, channel).recv([tensor], int(peer > self.rank), 0)
+            else:
+                work = dist.irecv(tensor, peer, tag=self._tag(channel))
+        return DistributedHandle(self, action, work, None)
+
+    def barrier(self) -> None:
+        """Return once every rank's host has called it."""
+        self.gather_objects(None)
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Every rank's value, through gloo."""
+        values: list[object] = [None] * self.world_size
+        with self._named("gather_objects"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def mark(self) -> float:
+        """Host seconds; on CUDA the device may be behind."""
+        return time.perf_counter()
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of this process, the communication's own threads included."""
+        return time.process_time() - self._started_cpu_seconds
+
+    def random_scope(self, seed: int) -> AbstractContextManager[torch.Generator]:
+        """A fresh generator."""
+        return nullcontext(torch.Generator(self.device).manual_seed(seed))
+
+    def abort(self, error: BaseException) -> None:
+        """Announce the failure and close, which ends what the others are waiting for."""
+        try:
+            self._store.set("failure", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            self.close()
+        except RuntimeError as secondary:  # the first error is the one to tell
+            error.add_note(f"closing then failed too: {secondary}")
+
+    def _post(
+        self, kind: str, group: Group, start: Callable[[Any], Any], finish: Callable[[], object] | None = None
+    ) -> Handle:
+        """Start a collective."""
+        action = f"{kind} in group {group}"
+        if not isinstance(group.payload, dist.ProcessGroup):
+            raise ExecutionError(f"group must come from new_group, got {group}", rank=self.rank, action=kind)
+        with self._named(action), unseen():
+            return DistributedHandle(self, action, start(group.payload), finish)
+
+    def _reduction(
+        self, op: str, result: torch.Tensor, group: Group
+    ) -> tuple[Any, Callable[[], object] | None]:
+        """Torch's name for ``op``, and what is left to do to ``result`` at the end."""
+        if op == "avg" and self.capabilities is GLOO:
+            return dist.ReduceOp.SUM, lambda: result.div_(group.size)
+        return _REDUCE_OPS[op], None
+
+    def _tag(self, channel: str) -> int:
+        """The channel's number on every rank."""
+        tag = zlib.crc32(channel.encode()) & 0x7FFFFFFF
+        if self._tags.setdefault(tag, channel) != channel:
+            raise ExecutionError(
+                f"channels must have distinct tags, {channel!r} and {self._tags[tag]!r} share one"
+            )
+        return tag
+
+    def _pair(self, peer: int, channel: str) -> Any:
+        """The NCCL communicator of this pair and channel."""
+        if (peer, channel) not in self._pairs:
+            low, high = sorted((self.rank, peer))
+            store = _part(self._store, f"pair/{low}/{high}/{channel}")
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            self._pairs[peer, channel] = dist.ProcessGroupNCCL(store, int(self.rank == high), 2, options)
+        return self._pairs[peer, channel]
+
+    @contextmanager
+    def _named(self, action: str) -> Iterator[None]:
+        """Turn what torch raises into an ExecutionError."""
+        try:
+            yield
+        except ExecutionError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            message = f"{self._announced_failure()}torch.distributed failed: {error}"
+            raise ExecutionError(message, rank=self.rank, action=action) from error
+
+    def _announced_failure(self) -> str:
+        try:
+            return f"{self._store.get('failure').decode()}; " if self._store.check(["failure"]) else ""
+        except RuntimeError:  # the store's host is gone
+            return ""
+
+
+@define
+class DistributedHandle:
+    """An operation torch has under way."""
+
+    backend: DistributedBackend
+    action: str
+    work: Any
+    finish: Callable[[], object] | None
+
+    def wait(self) -> None:
+        """Return once it is complete."""
+        if self.work is None:
+            return
+        with self.backend._named(self.action), unseen():
+            self.work.wait()
+            if self.finish is not None:
+                self.finish()
+        self.work = None
+
+
+def _device(device: torch.device | str | None, local_rank: int) -> torch.device:
+    """The device of this process; on CUDA the one of its local rank, made current."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _fresh_store(processes: Processes, members: tuple[int, ...]) -> Store:
+    """A part of the store that no earlier world has used: the same for all members of this one."""
+    world = "-".join(map(str, members))
+    opened = processes.store.add(f"opened/{world}/{processes.rank}", 1)
+    return _part(processes.store, f"world/{world}/{opened}")
+
+
+def _part(store: Store, prefix: str) -> Store:
+    """The keys of ``store`` that start with ``prefix``, as a store."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,196 @@
+"""Runs a plan on a backend and brings back what was measured, in the planner's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from picotron.errors import ExecutionError, PlanError
+from picotron.planner.memory import MemoryTimeline
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.timeline import Timeline, make_timeline
+from picotron.runtime.backend import Backend
+from picotron.runtime.data import Dataset, byte_text, step_batches
+from picotron.runtime.layout import WeightSource
+from picotron.runtime.pipeline import Session, StepResult
+
+RUNNABLE_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+RUNNABLE_PRECISIONS = ("fp32", "fp64")
+RUNNABLE_SCALINGS = ("linear", "llama3")
+
+Observer = Callable[[Session, StepResult], None]
+
+
+@frozen(kw_only=True)
+class Measurement:
+    """What a run did. Per-step tuples run over its steps; the rest is of its last measured step.
+
+    ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (CPU seconds of each rank as if it had a
+    core of its own, transfers free) or "host". ``payload_bytes_by_rank`` and ``memory`` have the types that
+    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order.
+    """
+
+    plan: TrainingPlan = field(repr=False)
+    backend: str
+    clock: str
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+    cpu_seconds_by_rank: tuple[float, ...]
+    payload_bytes_by_rank: tuple[tuple[tuple[str, str, int], ...], ...] = field(repr=False)
+    rows_by_rank: tuple[tuple[int, ...], ...] = field(repr=False)
+    memory: tuple[MemoryTimeline, ...] = field(repr=False)
+    timeline: Timeline = field(repr=False)
+
+
+def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ...]:
+    """What of ``plan`` this runtime cannot execute yet, one line each; empty if it can."""
+    model, found = plan.model, []
+    if model.family not in RUNNABLE_FAMILIES:
+        found.append(f"the family {model.family} (runnable: {', '.join(RUNNABLE_FAMILIES)})")
+    if plan.workload.precision not in RUNNABLE_PRECISIONS:
+        found.append(f"precision {plan.workload.precision} (runnable: {', '.join(RUNNABLE_PRECISIONS)})")
+    if plan.topology.cp > 1:
+        found.append(f"context parallelism, cp={plan.topology.cp} (runnable: cp=1)")
+    if model.rope_scaling is not None and model.rope_scaling.kind not in RUNNABLE_SCALINGS:
+        found.append(f"rope scaling {model.rope_scaling.kind} (runnable: {', '.join(RUNNABLE_SCALINGS)})")
+    if backend not in ("simulated", "gloo", "nccl"):
+        found.append(f"the backend {backend} (runnable: simulated, gloo, nccl)")
+    return tuple(found)
+
+
+def check_runnable(plan: TrainingPlan, backend: str = "simulated") -> None:
+    """Raise PlanError, before anything opens, for a plan that cannot run."""
+    missing = unsupported(plan, backend)
+    if missing:
+        raise PlanError(f"this plan can be priced but not run yet: {'; '.join(missing)}")
+
+
+def run(
+    plan: TrainingPlan,
+    data: Dataset | str | Path,
+    *,
+    steps: int,
+    backend: str | Backend = "simulated",
+    weights: WeightSource | None = None,
+    on_step: Observer | None = None,
+    measure_step: int = 1,
+    seed: int = 0,
+) -> Measurement:
+    """Train ``plan`` for ``steps`` steps on ``data`` (a dataset, or a path to text read as bytes).
+
+    ``backend``: "simulated" runs all ranks in this process (``seed`` draws who goes next), "gloo" and "nccl"
+    this process's rank under torchrun, or a backend that is open already. ``on_step`` is called on every rank
+    after each step. Step ``measure_step`` (or the last, if there are fewer) has its memory measured: from the
+    second step on, optimizer state stands.
+    Raises PlanError for a plan or data that cannot run, ExecutionError when the world departs from the plan.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise PlanError(f"steps must be a whole number of at least 1, got {steps!r}")
+    check_runnable(plan, backend if isinstance(backend, str) else "simulated")
+    dataset = byte_text(data, plan.workload.seq_len) if isinstance(data, (str, Path)) else data
+    check_data(plan, dataset)
+    measured = min(measure_step, steps - 1)
+
+    def rank_main(world: Backend) -> Measurement:
+        return run_rank(
+            plan, world, dataset, steps=steps, weights=weights, on_step=on_step, measure_step=measured
+        )
+
+    if isinstance(backend, str):
+        return on_backend(backend, rank_main, plan.topology.world_size, seed=seed)
+    return rank_main(backend)
+
+
+def on_backend(name: str, rank_main: Callable[[Backend], Any], world_size: int, *, seed: int = 0) -> Any:
+    """What ``rank_main`` returns on rank 0 (simulated) or on this process's rank (torchrun)."""
+    if name == "simulated":
+        from picotron.runtime.simulated import simulate
+
+        return simulate(rank_main, world_size, seed=seed)[0]
+    import torch
+
+    from picotron.runtime.distributed import DistributedBackend
+
+    with DistributedBackend.open("cuda" if name == "nccl" else "cpu") as world:
+        if name == "gloo":
+            torch.set_num_threads(1)
+        return rank_main(world)
+
+
+def check_data(plan: TrainingPlan, dataset: Dataset) -> None:
+    """Raise PlanError unless ``dataset`` has a sample and its ids are in the vocabulary."""
+    if len(dataset) < 1:
+        raise PlanError(
+            f"the data must hold at least one sample of seq_len {plan.workload.seq_len}, got none"
+        )
+    ids = dataset[0]
+    if int(ids.max()) >= plan.model.vocab_size or int(ids.min()) < 0:
+        raise PlanError(
+            f"token ids must be in [0, {plan.model.vocab_size}), the vocabulary of {plan.model.name}, "
+            f"got {int(ids.max())}"
+        )
+
+
+def run_rank(
+    plan: TrainingPlan,
+    backend: Backend,
+    dataset: Dataset,
+    *,
+    steps: int,
+    weights: WeightSource | None = None,
+    on_step: Observer | None = None,
+    measure_step: int = 1,
+) -> Measurement:
+    """One rank's run; the measurement, gathered from all ranks, is the same on each."""
+    session = Session(plan, backend, weights)
+    results: list[StepResult] = []
+    last: StepResult | None = None
+    for step in range(steps):
+        batches = step_batches(
+            plan, dataset, consumed=step * plan.workload.global_batch, dp_index=session.where.dp
+        )
+        result = session.step(batches, measure_memory=step == measure_step)
+        last = result if step == measure_step else last
+        results.append(_light(result))
+        if on_step is not None:
+            on_step(session, result)
+    assert last is not None
+    return _measurement(plan, backend, results, last)
+
+
+def _light(result: StepResult) -> StepResult:
+    """Without the columns that only one step needs to keep."""
+    from attrs import evolve
+
+    return evolve(result, entries=(), memory=None)
+
+
+def _measurement(
+    plan: TrainingPlan, backend: Backend, results: Sequence[StepResult], last: StepResult
+) -> Measurement:
+    gathered: list[Any] = backend.gather_objects(last)
+    reports: list[StepResult] = [report for report in gathered if isinstance(report, StepResult)]
+    if len(reports) != plan.topology.world_size:
+        raise ExecutionError(f"every rank must report its measurement, got {len(reports)}", rank=backend.rank)
+    return Measurement(
+        plan=plan,
+        backend=backend.capabilities.name,
+        clock="virtual" if backend.capabilities.virtual_time else "host",
+        losses=tuple(result.loss for result in results),
+        grad_norms=tuple(result.grad_norm for result in results),
+        tokens=tuple(result.num_tokens for result in results),
+        seconds=tuple(result.seconds for result in results),
+        cpu_seconds_by_rank=tuple(report.cpu_seconds for report in reports),
+        payload_bytes_by_rank=tuple(report.payload_bytes for report in reports),
+        rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report in reports),
+        memory=tuple(report.memory for report in reports if report.memory is not None),
+        timeline=make_timeline(
+            "virtual" if backend.capabilities.virtual_time else "host",
+            [entry for report in reports for entry in report.entries],
+        ),
+    )

@@ -1,0 +1,186 @@
+"""Weights in from, and out to, folders of safetensors under Hugging Face's names.
+
+A folder appears whole or not at all: it is written aside, flushed to disk and renamed. Each pipeline stage
+is one file, put together by the stage's first rank, so no rank holds more than its stage.
+Casting: tensors are written in the precision they are kept in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from picotron.errors import PlanError
+from picotron.planner.layout import Placement, local_shape
+from picotron.planner.model import to_hf
+from picotron.planner.topology import Coordinate, rank_of
+from picotron.runtime.layout import WeightSource, place_slice
+from picotron.runtime.pipeline import Session
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def saved_weights(path: str | Path) -> WeightSource:
+    """The weights in a safetensors file or in a folder of them (with an index, or one file).
+
+    Tensors are read one at a time, when asked for. Raises PlanError where the path holds no weights, or a
+    tensor is missing or of another shape.
+    """
+    files = _files_by_name(Path(path))
+
+    def read(placement: Placement) -> torch.Tensor:
+        from safetensors import safe_open
+
+        name = placement.tied_to or placement.name
+        if name not in files:
+            raise PlanError(
+                f"the weights in {path} must hold {name}; it is not among their {len(files)} tensors"
+            )
+        with safe_open(files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != placement.shape:
+            raise PlanError(
+                f"{name} must have shape {placement.shape}, got {tuple(tensor.shape)} in {files[name]}"
+            )
+        return tensor
+
+    return read
+
+
+def _files_by_name(path: Path) -> dict[str, Path]:
+    """For each tensor, the file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.is_dir() and (path / INDEX).exists():
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            return {name: path / file for name, file in index["weight_map"].items()}
+        single = path / SINGLE if path.is_dir() else path
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise PlanError(
+            f"weights must be a .safetensors file or a folder with {SINGLE} or {INDEX}, got {str(path)!r}: {error}"
+        ) from None
+
+
+def save_weights(session: Session, folder: str | Path) -> Path:
+    """Write the model to ``folder`` (a Hugging Face model folder). Collective: every rank calls it.
+
+    Raises PlanError on every rank if the folder cannot be written; an existing folder stays as it is.
+    """
+    final = Path(folder)
+    aside = final.with_name(f".{final.name}.partial")
+    backend, plan = session.backend, session.plan
+    failure = _attempt(lambda: _fresh_folder(aside)) if backend.rank == 0 else None
+    _agree(session, failure, final)
+    failure, names = None, {}
+    if session.where.dp == session.where.cp == 0:
+        stage = _gathered_stage(session)
+        if stage is not None:
+            file = _file_name(session.where.pp, plan.topology.pp)
+            failure = _attempt(lambda: _write_tensors(aside / file, stage))
+            names = {name: (file, tensor.numel() * tensor.element_size()) for name, tensor in stage.items()}
+    everyone = backend.gather_objects(names)
+    if backend.rank == 0 and failure is None:
+        merged: dict[str, tuple[str, int]] = {}
+        for part in everyone:
+            assert isinstance(part, dict)
+            merged.update(part)
+        failure = _attempt(lambda: _finish(session, aside, final, merged))
+    _agree(session, failure, final)
+    return final
+
+
+def _attempt(action: object) -> str | None:
+    """What went wrong with the file system, if anything."""
+    assert callable(action)
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return None
+
+
+def _agree(session: Session, failure: str | None, folder: Path) -> None:
+    """Every rank learns of every rank's failure, so that all stop together."""
+    failures = [str(f) for f in session.backend.gather_objects(failure) if f]
+    if failures:
+        raise PlanError(f"the weights' folder must be writable, got {str(folder)!r}: {failures[0]}")
+
+
+def _fresh_folder(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _gathered_stage(session: Session) -> dict[str, torch.Tensor] | None:
+    """Whole tensors of this stage on its first rank; the others hand over their slices."""
+    backend, topology, where = session.backend, session.plan.topology, session.where
+    stage: dict[str, torch.Tensor] = {}
+    for placement in session.placements:
+        own = session.weights[placement.name]
+        if placement.tied_to is not None:
+            continue
+        if where.tp:
+            if placement.cut is not None:
+                first = rank_of(topology, Coordinate(pp=where.pp))
+                backend.send(own.contiguous(), first, "weights").wait()
+            continue
+        whole = own.new_empty(placement.shape)
+        place_slice(whole, own, placement, where)
+        for tp in range(1, topology.tp) if placement.cut is not None else ():
+            there = Coordinate(pp=where.pp, tp=tp)
+            part = own.new_empty(local_shape(placement, there))
+            backend.recv(part, rank_of(topology, there), "weights").wait()
+            place_slice(whole, part, placement, there)
+        stage[placement.name] = whole
+    return None if where.tp else stage
+
+
+def _file_name(stage: int, stages: int) -> str:
+    return SINGLE if stages == 1 else f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    _flush(path)
+
+
+def _finish(session: Session, aside: Path, final: Path, names: Mapping[str, tuple[str, int]]) -> None:
+    """Index and configuration, then the rename that makes the folder appear."""
+    config = {**to_hf(session.plan.model), "torch_dtype": str(session.dtype).removeprefix("torch.")}
+    _write_json(aside / "config.json", config)
+    if session.plan.topology.pp > 1:
+        total = sum(size for _, size in names.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for name, (file, _) in sorted(names.items())},
+        }
+        _write_json(aside / INDEX, index)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old)
+    else:
+        aside.rename(final)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import Parameter, signature
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from attrs import fields
+
+import picotron
+from picotron import cli
+from picotron.cli.common import command
+from picotron.cli.plan import PLAN_FLAGS, WORKLOAD_HELP
+from picotron.errors import ExecutionError, PlanError
+from picotron.planner.pipeline import one_f_one_b, schedule_to_csv
+from picotron.planner.plan import Workload, plan
+from picotron.planner.serialize import fingerprint, load_plan
+
+SMALL = [
+    "llama-tiny",
+    "--cluster",
+    "cpu:1x4",
+    "--global-batch",
+    "4",
+    "--seq-len",
+    "32",
+    "--precision",
+    "fp32",
+]
+COMMANDS = ["plan", "show", "predict", "schedule", "diff"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command; gives its exit code, output and errors."""
+
+    def picotron(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return picotron
+
+
+@pytest.fixture
+def saved(run: Run, tmp_path: Path) -> Path:
+    """A small plan's file."""
+    path = tmp_path / "plan.json"
+    assert run("plan", *SMALL, "--pp", 2, "-o", path)[0] == 0
+    return path
+
+
+def refused(result: tuple[int, str, str], code: int = 2) -> str:
+    """The one line of a refusal, less its prefix."""
+    assert result[:2] == (code, "")
+    assert result[2].startswith("picotron: ")
+    assert result[2].count("\n") == 1
+    return result[2].removeprefix("picotron: ").rstrip("\n")
+
+
+def test_flags_bear_the_names_of_plan_and_of_workload():
+    """Whoever knows the functions knows the flags."""
+    named = {name for name, p in signature(plan).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+    assert set(PLAN_FLAGS) == named
+    assert set(WORKLOAD_HELP) == {field.name for field in fields(Workload)}
+
+
+def test_a_plan_is_printed_and_saved(run: Run, tmp_path: Path):
+    """The file holds the plan whose picture is printed."""
+    path = tmp_path / "plan.json"
+    code, out, err = run("plan", *SMALL, "--pp", 2, "--no-sequence-parallel", "--seed", 7, "-o", path)
+    made = load_plan(path)
+    assert (code, out, err) == (0, f"{made}\n", "")
+    assert (made.topology.pp, made.topology.dp, made.workload.seed) == (2, 2, 7)
+
+
+def test_every_flag_reaches_the_plan(run: Run):
+    """Lists have commas between; what is left out is chosen by the plan."""
+    flags = (
+        "--pp 2 --tp 2 --dp 1 --order tp,pp,dp,cp --schedule afab --micro-batch 2 --sequence-parallel "
+        "--stage-layers 1,1 --bucket-bytes 1024 --optimizer sgd --learning-rate 0.5 --decay-steps 9"
+    )
+    code, out, _ = run("plan", *SMALL, *flags.split(), "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["topology"]["order"] == ["tp", "pp", "dp", "cp"]
+    assert (data["stage_layers"], data["bucket_bytes"], data["micro_batch"]) == ([1, 1], 1024, 2)
+    assert (data["schedule"]["name"], data["sequence_parallel"], data["chosen"]) == ("afab", True, [])
+    assert (data["workload"]["learning_rate"], data["workload"]["optimizer"]) == (0.5, "sgd")
+
+
+def test_a_plan_goes_through_a_pipe(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """``plan -o - | show -`` is what plan prints, and show --json what it was given."""
+    code, text, _ = run("plan", *SMALL, "-o", "-")
+    assert code == 0
+    picture = run("plan", *SMALL)[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run("show", "-") == (0, picture, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run("show", "-", "--json") == (0, text, "")
+
+
+def test_a_bad_plan_on_the_standard_input_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """There is no file to name."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{"))
+    assert refused(run("show", "-")).startswith("standard input: a plan must be JSON")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert refused(run("show", "-")).startswith("standard input: a plan must be UTF-8 text")
+
+
+def test_a_prediction_is_drawn_or_printed_as_json(run: Run, saved: Path):
+    """The JSON is in base units and says of which plan and clock it is."""
+    code, text, _ = run("predict", saved, "--json")
+    data = json.loads(text)
+    assert code == 0
+    expected = """step_seconds tokens_per_second tokens_per_second_per_device mfu mfu_causal hfu bubble_fraction
+    exposed_communication_seconds peak_memory_bytes memory_by_rank memory_by_category capacity_bytes fits
+    margin_bytes misfits fingerprint clock"""
+    assert set(expected.split()) <= set(data)
+    assert data["fingerprint"] == fingerprint(load_plan(saved))
+    assert data["tokens_per_second"] == pytest.approx(4 * 32 / data["step_seconds"])
+    assert data["peak_memory_bytes"] == max(data["memory_by_rank"])
+    assert sum(data["memory_by_category"].values()) == data["peak_memory_bytes"]
+    assert data["margin_bytes"] == data["capacity_bytes"] - data["peak_memory_bytes"]
+    assert (data["fits"], data["misfits"], data["clock"]) == (True, [], "predicted")
+    assert "days" not in data
+    code, text, _ = run("predict", saved)
+    assert code == 0
+    assert "step time" in text
+
+
+def test_so_many_tokens_take_so_many_days(run: Run, saved: Path):
+    """Days are tokens over tokens per second; four devices take four hours an hour."""
+    data = json.loads(run("predict", saved, "--json", "--tokens", "1e6")[1])
+    assert data["days"] == pytest.approx(1e6 / data["tokens_per_second"] / 86_400)
+    assert data["gpu_hours"] == pytest.approx(data["days"] * 24 * 4)
+    assert "1e+06 tokens: " in run("predict", saved, "--tokens", "1e6")[1]
+    for text in ("-1", "x", "inf", "nan"):
+        assert "must be a positive number such as 15e12" in refused(run("predict", saved, "--tokens", text))
+
+
+def test_a_trace_is_saved_or_printed(run: Run, saved: Path, tmp_path: Path):
+    """It is Chrome's format; on the standard output it is alone."""
+    trace = tmp_path / "trace.json"
+    assert run("predict", saved, "--trace", trace)[0] == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"0F0", "1B1"} <= {event["name"] for event in events}
+    assert json.loads(run("predict", saved, "--trace", "-")[1])["traceEvents"] == events
+
+
+def test_a_schedule_is_drawn_and_exported(run: Run, tmp_path: Path):
+    """The CSV is what the schedule prints, and is read back as the same orders."""
+    path = tmp_path / "orders.csv"
+    code, drawn, _ = run("schedule", "1f1b", "--ranks", 2, "--microbatches", 3, "--csv", path)
+    assert code == 0
+    assert "rank 1" in drawn
+    assert path.read_text() == "0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n"
+    assert run("schedule", path, "--csv", "-") == (0, path.read_text(), "")
+    data = json.loads(run("schedule", path, "--json")[1])
+    assert (data["name"], data["num_ranks"], data["num_microbatches"]) == ("orders", 2, 3)
+    assert data["orders"][1] == ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2"]
+    assert data["peak_microbatches"] == [2, 1]
+    assert "--ranks must be the file's own 2, got 4" in refused(run("schedule", path, "--ranks", 4))
+
+
+def test_a_schedule_that_is_unknown_or_has_no_size_is_refused(run: Run):
+    """The message says which names are known, or which flags are missing."""
+    assert "must be one of afab, 1f1b" in refused(run("schedule", "zigzag"))
+    assert "needs --ranks and --microbatches" in refused(run("schedule", "1f1b", "--ranks", 2))
+    assert "at least one rank" in refused(run("schedule", "1f1b", "--ranks", 0, "--microbatches", 1))
+
+
+def test_a_plan_takes_the_orders_of_a_csv_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``schedule --csv`` writes what ``plan --schedule`` reads."""
+    path, text = tmp_path / "mine.csv", schedule_to_csv(one_f_one_b(2, 2))
+    path.write_text(text)
+    data = json.loads(run("plan", *SMALL, "--pp", 2, "--schedule", path, "--json")[1])
+    assert (data["schedule"]["name"], data["schedule"]["csv"]) == ("mine", text)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    data = json.loads(run("plan", *SMALL, "--pp", 2, "--schedule", "-", "--json")[1])
+    assert (data["schedule"]["name"], data["schedule"]["csv"]) == ("custom", text)
+
+
+def test_a_difference_has_its_path_and_both_values(run: Run, saved: Path, tmp_path: Path):
+    """The text is one line a field; the JSON has path, left and right."""
+    other = tmp_path / "other.json"
+    run("plan", *SMALL, "--pp", 2, "--seed", 3, "-o", other)
+    assert run("diff", saved, other) == (0, "workload.seed: 0 -> 3\n", "")
+    found = json.loads(run("diff", saved, other, "--json")[1])
+    assert found == [{"path": "workload.seed", "left": 0, "right": 3}]
+    assert run("diff", saved, saved)[1] == f"no difference: both are {fingerprint(load_plan(saved))}\n"
+    assert json.loads(run("diff", saved, saved, "--json")[1]) == []
+    assert "twice" in refused(run("diff", "-", "-"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example(run: Run, name: str):
+    """Help is one line a flag and ends with a command that can be copied."""
+    code, text, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert f"example:\n  picotron {name} " in text
+    assert "--json" in text
+    assert name in run("--help")[1]
+
+
+def test_the_version_is_the_packages(run: Run):
+    """One number, in one line."""
+    assert run("--version") == (0, f"picotron {picotron.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: COMMAND; see picotron --help"),
+        (["frob"], "invalid choice: 'frob'"),
+        (["plan", "llama-tiny"], "required: --cluster, --global-batch, --seq-len; see picotron plan --help"),
+        (["plan", *SMALL, "--tpp", "2"], "unrecognized arguments: --tpp 2"),
+        (["plan", *SMALL, "--tp", "x"], "argument --tp: invalid int value: 'x'"),
+        (["plan", *SMALL, "--stage-layers", "1,x"], "must be whole numbers with commas between, got '1,x'"),
+        (["plan", *SMALL, "--order", "pp,dp"], "order must name each of"),
+        (["plan", *SMALL, "--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+        (["plan", *SMALL, "--tp", "3"], "pp * dp * cp * tp must equal the cluster's 4 devices"),
+        (["plan", *SMALL, "--learning-rate", "nan"], "learning_rate must be a number"),
+        (["plan", "nothing", *SMALL[1:]], "a model must be the name of a preset"),
+        (["show", "no/such/plan.json"], "a plan must be a readable file, got No such file or directory"),
+        (["predict", "no/such/plan.json"], "No such file or directory"),
+        (["schedule", "no/such.csv"], "a schedule must be a readable file"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(run: Run, arguments, words):
+    """No traceback, no usage page: what is wrong, and the remedy."""
+    assert words in refused(run(*arguments))
+
+
+@pytest.mark.parametrize("flag", ["-o", "--csv", "--trace"])
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_2(run: Run, saved: Path, flag, tmp_path):
+    """The line names the path that was given."""
+    target = tmp_path / "nowhere" / "out"
+    arguments = {
+        "-o": ["plan", *SMALL, "-o", target],
+        "--csv": ["schedule", "1f1b", "--ranks", 1, "--microbatches", 1, "--csv", target],
+        "--trace": ["predict", saved, "--trace", target],
+    }
+    assert f"No such file or directory at '{target}'" in refused(run(*arguments[flag]))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PlanError("tp must be 1,\n  got 2"), 2, "tp must be 1, got 2"),
+        (ExecutionError("it stopped", rank=3, action="2B5"), 3, "rank 3, action 2B5: it stopped"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_goes_wrong_decides_the_exit_code(run: Run, monkeypatch, error, code, line):
+    """2 for a request, 3 for an execution, 130 for an interrupt; always one line."""
+
+    def execute(arguments: argparse.Namespace) -> None:
+        raise error
+
+    def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+        command(subparsers, "fail", execute, summary="fail", example="picotron fail", json_help=None)
+
+    monkeypatch.setattr(cli, "COMMANDS", (SimpleNamespace(add_parser=add_parser),))
+    assert refused(run("fail"), code) == line
+
+
+def test_an_output_that_cannot_show_a_sign_gets_another(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """An ASCII terminal shows question marks, not a traceback."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["show", str(saved)]) == 0
+    assert b"?" in out.buffer.getvalue()
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """``picotron ... | head`` ends quietly."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "picotron", *"schedule afab --ranks 8 --microbatches 4000 --csv -".split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(8) == b"0F0,0F1,"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+
+
+def test_the_module_is_the_command():
+    """``python -m picotron`` runs main and exits with its code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "picotron", "show", "no.json"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("picotron: a plan must be a readable file")
+    assert done.stderr.count("\n") == 1
