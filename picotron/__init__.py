@@ -75,7 +75,13 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        return getattr(import_module(room), name)
+        try:
+            return getattr(import_module(room), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            words = f"picotron.{name} needs torch; install it with: pip install 'picotron[torch]'"
+            raise ModuleNotFoundError(words, name="torch") from error
 
 
 def __dir__() -> list[str]:

@@ -86,13 +86,13 @@ def test_every_flag_reaches_the_plan(run: Run):
     """Lists have commas between; what is left out is chosen by the plan."""
     flags = (
         "--pp 2 --tp 2 --dp 1 --order tp,pp,dp,cp --schedule afab --micro-batch 2 --sequence-parallel "
-        "--stage-layers 1,1 --bucket-bytes 1024 --optimizer sgd --learning-rate 0.5 --decay-steps 9"
+        "--stage-layers 4,2 --bucket-bytes 1024 --optimizer sgd --learning-rate 0.5 --decay-steps 9"
     )
     code, out, _ = run("plan", *SMALL, *flags.split(), "--json")
     data = json.loads(out)
     assert code == 0
     assert data["topology"]["order"] == ["tp", "pp", "dp", "cp"]
-    assert (data["stage_layers"], data["bucket_bytes"], data["micro_batch"]) == ([1, 1], 1024, 2)
+    assert (data["stage_layers"], data["bucket_bytes"], data["micro_batch"]) == ([4, 2], 1024, 2)
     assert (data["schedule"]["name"], data["sequence_parallel"], data["chosen"]) == ("afab", True, [])
     assert (data["workload"]["learning_rate"], data["workload"]["optimizer"]) == (0.5, "sgd")
 
@@ -108,6 +108,14 @@ def test_a_plan_goes_through_a_pipe(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert run("show", "-", "--json") == (0, text, "")
 
 
+def test_a_step_is_drawn_as_svg(run: Run, saved: Path, tmp_path: Path):
+    """Beside the picture, or alone on the standard output."""
+    path = tmp_path / "step.svg"
+    assert run("show", saved, "--svg", path) == run("show", saved)
+    assert path.read_text().startswith("<svg ")
+    assert run("show", saved, "--svg", "-") == (0, path.read_text().rstrip("\n") + "\n", "")
+
+
 def test_a_bad_plan_on_the_standard_input_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
     """There is no file to name."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("{"))
@@ -121,9 +129,11 @@ def test_a_prediction_is_drawn_or_printed_as_json(run: Run, saved: Path):
     code, text, _ = run("predict", saved, "--json")
     data = json.loads(text)
     assert code == 0
-    expected = """step_seconds tokens_per_second tokens_per_second_per_device mfu mfu_causal hfu bubble_fraction
-    exposed_communication_seconds peak_memory_bytes memory_by_rank memory_by_category capacity_bytes fits
-    margin_bytes misfits fingerprint clock"""
+    expected = (
+        "step_seconds tokens_per_second tokens_per_second_per_device mfu mfu_causal hfu bubble_fraction "
+        "exposed_communication_seconds peak_memory_bytes memory_by_rank memory_by_category capacity_bytes "
+        "fits margin_bytes misfits fingerprint clock"
+    )
     assert set(expected.split()) <= set(data)
     assert data["fingerprint"] == fingerprint(load_plan(saved))
     assert data["tokens_per_second"] == pytest.approx(4 * 32 / data["step_seconds"])
@@ -284,8 +294,9 @@ def test_an_output_that_cannot_show_a_sign_gets_another(saved: Path, monkeypatch
 
 def test_a_reader_that_leaves_is_no_error():
     """``picotron ... | head`` ends quietly."""
+    command_line = "-m picotron schedule afab --ranks 8 --microbatches 4000 --csv -"
     process = subprocess.Popen(
-        [sys.executable, "-m", "picotron", *"schedule afab --ranks 8 --microbatches 4000 --csv -".split()],
+        [sys.executable, *command_line.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

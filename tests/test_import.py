@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def cpu_seconds(code: str) -> float:
     for _ in range(RUNS):
         python(code)
         stamps.append(spent())
-    return statistics.median(after - before for before, after in zip(stamps, stamps[1:], strict=False))
+    return statistics.median(after - before for before, after in pairwise(stamps))
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_no_room_of_the_planner_loads_torch(room: str):
 
 def test_public_names_of_the_planner_load_no_torch():
     """Neither does the star, which leaves the runtime's names out."""
-    code = "from picotron import *; import sys; print(callable(plan), ModelSpec.__name__, 'torch' in sys.modules)"
-    assert python(code) == "True ModelSpec False\n"
+    code = "from picotron import *; import sys; print(callable(plan), Workload, 'torch' in sys.modules)"
+    assert python(code) == "True <class 'picotron.planner.plan.Workload'> False\n"
 
 
 @pytest.mark.parametrize("room", ["picotron", "picotron.planner"])
@@ -103,10 +104,26 @@ def test_plan_and_predict_are_functions_here_and_rooms_in_the_planner():
 
 def test_names_of_the_runtime_wing_are_listed_and_found_when_asked_for():
     """They are known without loading torch, and are not part of the star."""
+    pytest.importorskip("torch")
     assert set(dir(picotron)) >= RUNTIME_NAMES
     assert RUNTIME_NAMES.isdisjoint(picotron.__all__)
     for name in sorted(RUNTIME_NAMES):
         assert getattr(picotron, name).__name__ == name
+
+
+def test_without_torch_the_runtime_wing_says_how_to_get_it():
+    """The planner's names are there all the same."""
+    code = """
+import sys
+sys.modules["torch"] = None
+import picotron
+picotron.plan
+try:
+    picotron.run
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert python(code) == "picotron.run needs torch; install it with: pip install 'picotron[torch]'\n"
 
 
 @pytest.mark.parametrize("package", [picotron, picotron.planner])

@@ -15,10 +15,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from picotron import __version__
-from picotron.cli import diff, plan, predict, schedule, show
+from picotron.cli import calibrate, compare, diff, plan, predict, schedule, show, train
 from picotron.errors import ExecutionError, PlanError
 
-COMMANDS = (plan, show, predict, schedule, diff)
+COMMANDS = (plan, show, predict, train, compare, schedule, diff, calibrate)
 
 REQUEST_ERROR, EXECUTION_ERROR, INTERRUPTED = 2, 3, 130
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import fields
 
-from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out, write_result
+from picotron.cli.common import STANDARD, Subparsers, command, read_plan, write_json, write_out, write_result
 from picotron.planner.draw import draw_prediction
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import SECONDS_PER_DAY, Prediction, predict
@@ -30,7 +30,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("plan", metavar="PLAN", help="a plan's file, or -")
     parser.add_argument("--tokens", type=tokens, help="also the days and device hours for so many tokens")
-    parser.add_argument("--trace", metavar="FILE", help="save the timeline as a Chrome trace, for Perfetto")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="save the timeline as a Chrome trace, for Perfetto; - prints it alone"
+    )
 
 
 def tokens(text: str) -> float:
@@ -68,9 +70,11 @@ def _execute(arguments: argparse.Namespace) -> None:
     prediction = predict(plan)
     if arguments.trace is not None:
         write_result(arguments.trace, _trace(plan, prediction), "a trace")
+    if arguments.trace == STANDARD:
+        return
     if arguments.json:
         write_json(prediction_data(plan, prediction, arguments.tokens))
-    elif arguments.trace != "-":
+    else:
         write_out(_text(plan, prediction, arguments.tokens))
 
 

@@ -26,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("schedule", metavar="SCHEDULE", help=f"{', '.join(SCHEDULES)}, a .csv file, or -")
     parser.add_argument("--ranks", type=int, help="pipeline ranks")
     parser.add_argument("--microbatches", type=int, help="microbatches of a step")
-    parser.add_argument("--csv", metavar="FILE", help="save what torch's pipelining reads; - prints it")
+    parser.add_argument("--csv", metavar="FILE", help="save what torch's pipelining reads; - prints it alone")
 
 
 def schedule_data(schedule: Schedule) -> dict[str, Any]:
@@ -46,9 +46,11 @@ def _execute(arguments: argparse.Namespace) -> None:
     schedule = _schedule(arguments)
     if arguments.csv is not None:
         write_result(arguments.csv, schedule_to_csv(schedule), "a schedule")
+    if arguments.csv == STANDARD:
+        return
     if arguments.json:
         write_json(schedule_data(schedule))
-    elif arguments.csv != STANDARD:
+    else:
         write_out(draw_schedule(schedule))
 
 

@@ -20,22 +20,20 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from attrs import Attribute, evolve, field, fields, frozen
+from attrs import Attribute, evolve, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import instance_of
 from attrs.validators import optional as optional_validator
-from cattrs import ClassValidationError, Converter
-from cattrs.errors import ForbiddenExtraKeysError
-from cattrs.gen import make_dict_structure_fn
+from cattrs import Converter
 
 from picotron.errors import PlanError
+from picotron.planner.records import hint, read_json, strict_converter, structured
 
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
 KINDS_OF_DEVICE = ("cuda", "rocm", "cpu")
@@ -193,7 +191,7 @@ def peak_flops_per_second(device: DeviceSpec, precision: str) -> float:
     """
     if precision not in PRECISIONS:
         raise PlanError(
-            f"precision must be one of {PRECISIONS}, got {precision!r}{_hint(precision, PRECISIONS)}"
+            f"precision must be one of {PRECISIONS}, got {precision!r}{hint(precision, PRECISIONS)}"
         )
     peak = _peaks_by_precision(device)[precision]
     if peak is None:
@@ -245,11 +243,7 @@ def cluster_to_json(cluster: ClusterSpec) -> str:
 
 def cluster_from_json(text: str) -> ClusterSpec:
     """The cluster in a JSON text. Raises PlanError naming the path of each bad field."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"a cluster must be JSON: {error}") from error
-    return _structured(data)
+    return _structured(read_json(text, "a cluster"))
 
 
 def load_cluster(path: str | os.PathLike[str]) -> ClusterSpec:
@@ -277,16 +271,10 @@ def _ranks_by_node(cluster: ClusterSpec, ranks: Sequence[int]) -> Counter[int]:
     return Counter(rank // cluster.devices_per_node for rank in ranks)
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
-    begun = [name for name in known if word and name.startswith(word.lower())]
-    close = begun or get_close_matches(word.lower(), known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
 def _machine(name: str) -> ClusterSpec:
     known = preset_names()
     if name not in known:
-        raise PlanError(f"a cluster preset must be one of {known}, got {name!r}{_hint(name, known)}")
+        raise PlanError(f"a cluster preset must be one of {known}, got {name!r}{hint(name, known)}")
     return _presets()[name]
 
 
@@ -298,42 +286,9 @@ def _presets() -> dict[str, ClusterSpec]:
 
 @cache
 def _converter() -> Converter:
-    """A converter of this room: no unknown keys, and no number that is really text or a truth value."""
-    converter = Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(float, lambda value, _: _checked(value, (int, float), "a number"))
-    converter.register_structure_hook(int, lambda value, _: _checked(value, (int,), "an integer"))
-    converter.register_structure_hook(str, lambda value, _: _checked(value, (str,), "text"))
-    for cls in (Peaks, DeviceSpec, LinkSpec, Efficiency, ClusterSpec):
-        converter.register_structure_hook(cls, _of_object(make_dict_structure_fn(cls, converter)))
-    return converter
-
-
-def _of_object(structure: Callable[[Any, Any], Any]) -> Callable[[object, Any], Any]:
-    return lambda value, cls: structure(_checked(value, (dict,), "an object"), cls)
-
-
-def _checked(value: object, types: tuple[type, ...], what: str) -> Any:
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise PlanError(f"must be {what}, got {value!r}")
-    return value
+    """The converter of this room."""
+    return strict_converter()
 
 
 def _structured(data: object) -> ClusterSpec:
-    try:
-        return _converter().structure(data, ClusterSpec)
-    except (ClassValidationError, PlanError) as error:
-        raise PlanError("; ".join(_complaints(error, "$"))) from error
-
-
-def _complaints(error: BaseException, path: str) -> list[str]:
-    """One "path: words" for each leaf of cattrs' tree of errors."""
-    if isinstance(error, ClassValidationError):
-        with_notes, without = error.group_exceptions()
-        below = [line for leaf, note in with_notes for line in _complaints(leaf, f"{path}.{note.name}")]
-        return below + [line for leaf in without for line in _complaints(leaf, path)]
-    if isinstance(error, ForbiddenExtraKeysError):
-        known = [attribute.name for attribute in fields(cast(Any, error.cl))]
-        return [f"{path}.{key}: no such field{_hint(key, known)}" for key in sorted(error.extra_fields)]
-    if isinstance(error, KeyError):
-        return [f"{path}: required field is missing"]
-    return [f"{path}: {error}"]
+    return structured(_converter(), data, ClusterSpec)

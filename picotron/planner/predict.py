@@ -28,6 +28,7 @@ class Prediction:
     ``payload_bytes_by_rank`` counts what each rank hands over in a step, by (kind, group).
     """
 
+    plan: TrainingPlan = field(repr=False)
     step_seconds: float
     tokens_per_second: float
     tokens_per_second_per_device: float
@@ -71,6 +72,7 @@ def predict(plan: TrainingPlan) -> Prediction:
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].max_bytes)
     peak = peak_flops_per_second(plan.cluster.device, plan.workload.precision) * plan.cluster.num_devices
     return Prediction(
+        plan=plan,
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         tokens_per_second_per_device=tokens / step_seconds / plan.topology.world_size,

@@ -347,3 +347,19 @@ def anchored(own: Sequence[Row]) -> dict[tuple[int, int], tuple[int, ...]]:
             key = row.anchor_row, row.anchor_segment
             found[key] = (*found.get(key, ()), index)
     return found
+
+
+def execution_order(own: Sequence[Row]) -> tuple[int, ...]:
+    """Row indices in the order in which a rank gets done with posting or running them.
+
+    A row posted inside another one comes before it.
+    """
+    inside: dict[int, list[int]] = {}
+    for (anchor, _), posted in sorted(anchored(own).items(), key=lambda item: (item[0][0], -item[0][1])):
+        inside.setdefault(anchor, []).extend(posted)
+    return tuple(
+        index
+        for anchor, row in enumerate(own)
+        if row.anchor_row < 0
+        for index in (*inside.get(anchor, ()), anchor)
+    )

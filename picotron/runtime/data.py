@@ -128,7 +128,19 @@ def step_batches(
         )
         for index in range(plan.num_microbatches)
     )
-    return tuple(collate([dataset[i] for i in order[part]], work.seq_len) for part in slices)
+    batches = tuple(collate([dataset[i] for i in order[part]], work.seq_len) for part in slices)
+    for batch in batches:
+        _check_vocabulary(plan, batch)
+    return batches
+
+
+def _check_vocabulary(plan: TrainingPlan, batch: HostBatch) -> None:
+    lowest, highest = int(batch.ids.min()), int(max(batch.ids.max(), batch.targets.max()))
+    if lowest < 0 or highest >= plan.model.vocab_size:
+        raise PlanError(
+            f"token ids must be in [0, {plan.model.vocab_size}), the vocabulary of {plan.model.name}, "
+            f"got {lowest if lowest < 0 else highest}; use a model whose vocabulary covers the tokenizer's"
+        )
 
 
 @frozen(eq=False)

@@ -248,7 +248,8 @@ class DistributedBackend:
     def abort(self, error: BaseException) -> None:
         """Announce the failure and close, which ends what the others are waiting for."""
         try:
-            self._store.set("failure", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            failure = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            self._store.compare_set("failure", "", failure)  # the first one stays
             self.close()
         except RuntimeError as secondary:  # the first error is the one to tell
             error.add_note(f"closing then failed too: {secondary}")
@@ -260,7 +261,7 @@ class DistributedBackend:
         action = f"{kind} in group {group}"
         if not isinstance(group.payload, dist.ProcessGroup):
             raise ExecutionError(f"group must come from new_group, got {group}", rank=self.rank, action=kind)
-        with self._named(action), unseen():
+        with self._named(action):
             return DistributedHandle(self, action, start(group.payload), finish)
 
     def _reduction(
@@ -292,9 +293,10 @@ class DistributedBackend:
 
     @contextmanager
     def _named(self, action: str) -> Iterator[None]:
-        """Turn what torch raises into an ExecutionError."""
+        """The body unseen by autograd and modes; what torch raises in it as an ExecutionError."""
         try:
-            yield
+            with unseen():
+                yield
         except ExecutionError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -321,7 +323,7 @@ class DistributedHandle:
         """Return once it is complete."""
         if self.work is None:
             return
-        with self.backend._named(self.action), unseen():
+        with self.backend._named(self.action):
             self.work.wait()
             if self.finish is not None:
                 self.finish()
@@ -346,4 +348,4 @@ def _fresh_store(processes: Processes, members: tuple[int, ...]) -> Store:
 
 def _part(store: Store, prefix: str) -> Store:
     """The keys of ``store`` that start with ``prefix``, as a store."""
-    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined, no-any-return]
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, cast
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from picotron.errors import ExecutionError, PlanError
+from picotron.errors import PlanError
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.timeline import Timeline, make_timeline
@@ -26,11 +27,12 @@ Observer = Callable[[Session, StepResult], None]
 
 @frozen(kw_only=True)
 class Measurement:
-    """What a run did. Per-step tuples run over its steps; the rest is of its last measured step.
+    """What a run did. Per-step tuples run over its steps; the rest is of its ``measured_step``.
 
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (CPU seconds of each rank as if it had a
     core of its own, transfers free) or "host". ``payload_bytes_by_rank`` and ``memory`` have the types that
-    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order.
+    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order. ``cpu_seconds_by_rank`` is a
+    typical step: the median of those that were not the first or measured.
     """
 
     plan: TrainingPlan = field(repr=False)
@@ -40,6 +42,7 @@ class Measurement:
     grad_norms: tuple[float, ...]
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
+    measured_step: int
     cpu_seconds_by_rank: tuple[float, ...]
     payload_bytes_by_rank: tuple[tuple[tuple[str, str, int], ...], ...] = field(repr=False)
     rows_by_rank: tuple[tuple[int, ...], ...] = field(repr=False)
@@ -142,55 +145,60 @@ def run_rank(
     dataset: Dataset,
     *,
     steps: int,
+    session: Session | None = None,
     weights: WeightSource | None = None,
     on_step: Observer | None = None,
     measure_step: int = 1,
 ) -> Measurement:
-    """One rank's run; the measurement, gathered from all ranks, is the same on each."""
-    session = Session(plan, backend, weights)
+    """One rank's run; the measurement, gathered from all ranks, is the same on each.
+
+    ``session``: one that is open already, instead of a new one with ``weights``.
+    """
+    session = session or Session(plan, backend, weights)
     results: list[StepResult] = []
-    last: StepResult | None = None
+    measured: StepResult | None = None
     for step in range(steps):
         batches = step_batches(
             plan, dataset, consumed=step * plan.workload.global_batch, dp_index=session.where.dp
         )
         result = session.step(batches, measure_memory=step == measure_step)
-        last = result if step == measure_step else last
+        measured = result if step == measure_step else measured
         results.append(_light(result))
         if on_step is not None:
             on_step(session, result)
-    assert last is not None
-    return _measurement(plan, backend, results, last)
+    assert measured is not None
+    return _measurement(plan, backend, results, measured)
 
 
 def _light(result: StepResult) -> StepResult:
     """Without the columns that only one step needs to keep."""
-    from attrs import evolve
-
     return evolve(result, entries=(), memory=None)
 
 
+def _typical_cpu_seconds(results: Sequence[StepResult], measured: StepResult) -> float:
+    """Median over the steps that ran undisturbed: not the first, not the one whose memory was measured."""
+    undisturbed = [r.cpu_seconds for r in results[1:] if r.step != measured.step]
+    return median(undisturbed or [measured.cpu_seconds])
+
+
 def _measurement(
-    plan: TrainingPlan, backend: Backend, results: Sequence[StepResult], last: StepResult
+    plan: TrainingPlan, backend: Backend, results: Sequence[StepResult], measured: StepResult
 ) -> Measurement:
-    gathered: list[Any] = backend.gather_objects(last)
-    reports: list[StepResult] = [report for report in gathered if isinstance(report, StepResult)]
-    if len(reports) != plan.topology.world_size:
-        raise ExecutionError(f"every rank must report its measurement, got {len(reports)}", rank=backend.rank)
+    gathered = backend.gather_objects((measured, _typical_cpu_seconds(results, measured)))
+    reports: list[tuple[StepResult, float]] = cast(Any, gathered)
+    clock = "virtual" if backend.capabilities.virtual_time else "host"
     return Measurement(
         plan=plan,
         backend=backend.capabilities.name,
-        clock="virtual" if backend.capabilities.virtual_time else "host",
+        clock=clock,
         losses=tuple(result.loss for result in results),
         grad_norms=tuple(result.grad_norm for result in results),
         tokens=tuple(result.num_tokens for result in results),
         seconds=tuple(result.seconds for result in results),
-        cpu_seconds_by_rank=tuple(report.cpu_seconds for report in reports),
-        payload_bytes_by_rank=tuple(report.payload_bytes for report in reports),
-        rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report in reports),
-        memory=tuple(report.memory for report in reports if report.memory is not None),
-        timeline=make_timeline(
-            "virtual" if backend.capabilities.virtual_time else "host",
-            [entry for report in reports for entry in report.entries],
-        ),
+        measured_step=measured.step,
+        cpu_seconds_by_rank=tuple(cpu_seconds for _, cpu_seconds in reports),
+        payload_bytes_by_rank=tuple(report.payload_bytes for report, _ in reports),
+        rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report, _ in reports),
+        memory=tuple(report.memory for report, _ in reports if report.memory is not None),
+        timeline=make_timeline(clock, [entry for report, _ in reports for entry in report.entries]),
     )

@@ -22,17 +22,18 @@ def launch(
 ) -> list[Any]:
     """What ``function(*args)`` returned in each of ``world_size`` fresh processes, in rank order.
 
-    ``function`` is importable by name; arguments and results are pickled. Each process finds torchrun's variables
-    in its environment, so ``DistributedBackend.open("cpu")`` works at once, and torch has one thread. To run a
-    table of cases on worlds of several sizes in one launch, call ``connect`` once in the function, then
-    ``DistributedBackend(processes, ranks=range(n))`` for each case in those processes whose rank is below n.
+    ``function`` is importable by name; arguments and results are pickled. Each process finds torchrun's
+    variables in its environment, so ``DistributedBackend.open("cpu")`` works at once, and torch has one
+    thread. To run a table of cases on worlds of several sizes in one launch, call ``connect`` once in the
+    function, then ``DistributedBackend(processes, ranks=range(n))`` for each in those whose rank is below n.
 
     Raises RuntimeError with the tracebacks of the ranks that failed, or with the ranks still running when the
     time is up. No process is left behind.
     """
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port that is free
+    # Port 0: one that is free.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("spawn")
     readers: dict[Connection, int] = {}
     processes: list[SpawnProcess] = []

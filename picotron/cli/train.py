@@ -1,0 +1,171 @@
+"""``picotron train``: run a plan, keep everything it leaves, and close with predicted beside measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out
+from picotron.errors import PlanError
+from picotron.planner.model import ModelSpec
+from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.predict import predict
+from picotron.planner.serialize import fingerprint
+
+if TYPE_CHECKING:
+    from picotron.runtime.data import Dataset
+    from picotron.runtime.pipeline import StepResult
+
+DEFAULT_MODEL = "llama-tiny"
+DEFAULT_DEGREES = {"dp": 2, "pp": 2, "tp": 2}
+DEFAULT_WORKLOAD = Workload(
+    global_batch=16,
+    seq_len=128,
+    precision="fp32",
+    learning_rate=3e-3,
+    warmup_steps=10,
+    decay_steps=80,
+)
+DEFAULT_MICRO_BATCH = 2
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare ``picotron train``."""
+    parser = command(
+        subparsers,
+        "train",
+        _execute,
+        summary="train a plan: simulated ranks in this process, or one rank a process under torchrun",
+        example="picotron train plan.json --data book.txt --steps 200 --out runs/book",
+        json_help="print what was measured as JSON, instead of pictures",
+    )
+    parser.add_argument(
+        "plan",
+        metavar="PLAN",
+        nargs="?",
+        help=f"a plan's file, or -; left out: {DEFAULT_MODEL} on 8 ranks (dp=2, pp=2, tp=2)",
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="a text file or folder, read as bytes; left out: Python's own library"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="training steps (default: 60)")
+    parser.add_argument("--out", metavar="FOLDER", help="the run's own folder (default: a new one in runs/)")
+    parser.add_argument("--save-every", type=int, default=20, metavar="N", help="steps between saved weights")
+    parser.add_argument("--weights", metavar="PATH", help="safetensors file or folder to start from")
+    parser.add_argument(
+        "--backend",
+        choices=("simulated", "gloo", "nccl"),
+        help="default: simulated; under torchrun nccl with a GPU for each process, else gloo",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which interleaving the simulated ranks take")
+
+
+def default_plan() -> TrainingPlan:
+    """The plan that ``picotron train`` runs when it is given none, priced for this machine."""
+    from picotron.runtime.cluster import calibrate
+
+    cluster = calibrate(seconds=1.0, num_ranks=8)
+    return plan(
+        ModelSpec.from_hf(DEFAULT_MODEL),
+        cluster,
+        DEFAULT_WORKLOAD,
+        micro_batch=DEFAULT_MICRO_BATCH,
+        **DEFAULT_DEGREES,
+    )
+
+
+def chosen_backend(asked: str | None) -> str:
+    """What the user named; else what the launcher makes plain."""
+    if asked is not None:
+        return asked
+    if "RANK" not in os.environ:
+        return "simulated"
+    import torch
+
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here else "gloo"
+
+
+def _execute(arguments: argparse.Namespace) -> None:
+    if arguments.plan is None and "RANK" in os.environ:
+        raise PlanError("under torchrun every rank must have the same plan, got none; name a plan's file")
+    _check_torch()
+    from picotron.runtime.compare import compare
+    from picotron.runtime.train import new_run_folder, train
+    from picotron.runtime.weights import saved_weights
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    talk = first and not arguments.json
+    if talk and arguments.plan is None:
+        print("measuring this machine for the estimate ...", file=sys.stderr)
+    chosen = default_plan() if arguments.plan is None else read_plan(arguments.plan)
+    dataset = _dataset(arguments.data, chosen.workload.seq_len)
+    folder = Path(arguments.out) if arguments.out else new_run_folder("runs", chosen.model.name)
+    if talk:
+        write_out(str(chosen))
+        write_out(f"\ntraining {arguments.steps} steps into {folder} ...")
+    measurement = train(
+        chosen,
+        dataset,
+        folder,
+        steps=arguments.steps,
+        backend=chosen_backend(arguments.backend),
+        save_every=arguments.save_every,
+        weights=saved_weights(arguments.weights) if arguments.weights else None,
+        report=_progress(arguments.steps) if talk else None,
+        seed=arguments.seed,
+    )
+    if measurement is None or not first:
+        return
+    comparison = compare(predict(chosen), measurement)
+    if arguments.json:
+        write_json(
+            {
+                "folder": str(folder),
+                "fingerprint": fingerprint(chosen),
+                "first_loss": measurement.losses[0],
+                "last_loss": measurement.losses[-1],
+                "promises_kept": comparison.promises_kept,
+            }
+        )
+        return
+    write_out(f"\nloss {measurement.losses[0]:.4f} -> {measurement.losses[-1]:.4f} nat\n")
+    write_out(f"predicted beside measured (step {measurement.measured_step}):\n{comparison}")
+    write_out(f"\neverything is in {folder}; the plan runs unchanged on processes of its own:")
+    world = chosen.topology.world_size
+    write_out(f"  torchrun --nproc-per-node {world} -m picotron train {folder}/plan.json")
+
+
+def _check_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise PlanError("training needs torch, which is not installed; pip install 'picotron[torch]'") from None
+
+
+def _dataset(path: str | None, seq_len: int) -> Dataset:
+    from picotron.runtime.data import byte_text, standard_library_text
+
+    return standard_library_text(seq_len) if path is None else byte_text(path, seq_len)
+
+
+def _progress(steps: int):  # type: ignore[no-untyped-def]
+    """A report that rewrites one line on a terminal, and prints every tenth step elsewhere."""
+    live = sys.stderr.isatty()
+
+    def report(result: StepResult, seconds: float, left: float) -> None:
+        done = result.step + 1
+        rate = result.num_tokens / seconds if seconds > 0 else 0.0
+        text = (
+            f"step {done:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  grad norm {result.grad_norm:.3f}  "
+            f"{rate:,.0f} tokens/s  {left:.0f} s left"
+        )
+        if live:
+            print(f"\r{text:<90}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
+        elif done == 1 or done % 10 == 0 or done == steps:
+            print(text, file=sys.stderr, flush=True)
+
+    return report

@@ -1,0 +1,105 @@
+"""Strategies for whole plans, built from valid parts, and for small changes to their JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import evolve
+from hypothesis import strategies as st
+
+from picotron.errors import PlanError
+from picotron.planner.model import ModelSpec
+from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
+from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.tensor import check_tensor_parallel
+from picotron.planner.topology import AXES
+from property_tests.strategies_cluster import clusters, names
+from property_tests.strategies_model import models
+
+shares = st.sampled_from([0, 0.0, -0.0, 0.5, 1, 1.0])
+
+
+def _divides(model: ModelSpec, tp: int) -> bool:
+    try:
+        check_tensor_parallel(model, tp=tp)
+    except PlanError:
+        return False
+    return tp <= model.max_positions
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
+    """A small plan of any family on any cluster, with a named schedule or custom orders."""
+    model = draw(models(max_layers=max_degree))
+    pp = draw(st.integers(1, model.num_layers))
+    tp = draw(st.sampled_from([tp for tp in range(1, max_degree + 1) if _divides(model, tp)]))
+    dp, micro_batch, rounds = (
+        draw(st.integers(1, max_degree)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+    )
+    seq_len = tp * draw(st.integers(1, model.max_positions // tp))
+    cluster = evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp)
+    return plan(
+        model,
+        cluster,
+        draw(workloads(global_batch=dp * micro_batch * rounds, seq_len=seq_len)),
+        pp=pp,
+        dp=draw(st.sampled_from([None, dp])),
+        tp=tp,
+        order=tuple(draw(st.permutations(AXES))),
+        schedule=draw(schedules(pp, rounds)),
+        micro_batch=micro_batch,
+        sequence_parallel=draw(st.sampled_from([None, False])),
+        bucket_bytes=draw(st.integers(1, 2**30)),
+    )
+
+
+def schedules(num_ranks: int, num_microbatches: int) -> st.SearchStrategy[str | Schedule]:
+    """The name of a schedule, or its orders as those of a custom one."""
+    known = st.sampled_from(sorted(SCHEDULES))
+    custom = st.builds(
+        lambda kind, name: evolve(make_schedule(kind, num_ranks, num_microbatches), name=name), known, names
+    )
+    return known | custom
+
+
+def workloads(*, global_batch: int, seq_len: int) -> st.SearchStrategy[Workload]:
+    """Any way of training on batches of one size."""
+    return st.builds(
+        Workload,
+        global_batch=st.just(global_batch),
+        seq_len=st.just(seq_len),
+        precision=st.sampled_from(["bf16", "fp32", "fp64"]),
+        optimizer=st.sampled_from(["adamw", "sgd"]),
+        learning_rate=st.floats(0, 10),
+        beta1=shares,
+        beta2=shares,
+        min_learning_rate_ratio=shares,
+        seed=st.integers(0, 2**63),
+    )
+
+
+def json_values() -> st.SearchStrategy[Any]:
+    """Any small JSON value; its numbers are too small to ask for a large schedule."""
+    numbers = st.integers(-2, 64) | st.floats(
+        allow_nan=False, allow_infinity=False, min_value=-2, max_value=64
+    )
+    leaves = st.none() | st.booleans() | numbers | st.text(max_size=4)
+    return leaves | st.lists(leaves, max_size=3) | st.dictionaries(st.text(max_size=3), leaves, max_size=2)
+
+
+@st.composite
+def changed_values(draw: st.DrawFn, data: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with one value, at any depth, replaced, taken out or put in."""
+    key = draw(st.sampled_from(sorted(data)))
+    inner = data[key]
+    if isinstance(inner, dict) and inner and draw(st.integers(0, 7)):
+        return {**data, key: draw(changed_values(inner))}
+    if isinstance(inner, list) and inner and draw(st.booleans()):
+        index = draw(st.integers(0, len(inner) - 1))
+        return {**data, key: [*inner[:index], draw(json_values()), *inner[index + 1 :]]}
+    change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
+    if change == "remove":
+        return {name: value for name, value in data.items() if name != key}
+    return {**data, key if change == "replace" else draw(st.text(max_size=4)): draw(json_values())}
