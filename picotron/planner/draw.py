@@ -12,11 +12,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.memory import MemoryTimeline, memory_timeline
-from picotron.planner.pipeline import Phase, Schedule
+from picotron.planner.pipeline import Action, Phase, Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
 from picotron.planner.program import Kind, Row, rows
@@ -197,45 +197,45 @@ def schedule_bars(schedule: Schedule, costs: tuple[float, float] = UNIT_COSTS) -
 
     Raises PlanError where the ranks wait for each other.
     """
-    several = schedule.num_stages > schedule.num_ranks
-    ended: dict[tuple[int, Phase, int], float] = {}
+    ended: dict[Action, float] = {}
     bars: list[Bar] = []
     clock, at = [0.0] * schedule.num_ranks, [0] * schedule.num_ranks
     moved = True
     while moved:
         moved = False
         for rank, order in enumerate(schedule.orders):
-            while at[rank] < len(order):
+            while at[rank] < len(order) and (ready := _ready(schedule, order[at[rank]], ended)) is not None:
                 action = order[at[rank]]
-                forward = action.phase is Phase.FORWARD
-                before = action.stage + (-1 if forward else 1)
-                inside = 0 <= before < schedule.num_stages
-                ready = ended.get((before, action.phase, action.microbatch)) if inside else 0.0
-                if ready is None:
-                    break
                 start = max(clock[rank], ready)
-                clock[rank] = start + costs[0 if forward else 1]
-                ended[action.stage, action.phase, action.microbatch] = clock[rank]
-                label = str(action) if several else f"{action.phase}{action.microbatch}"
-                bars.append(
-                    Bar(
-                        rank=rank,
-                        activity="forward" if forward else "backward",
-                        start_seconds=start,
-                        end_seconds=clock[rank],
-                        label=label,
-                    )
-                )
+                clock[rank] = ended[action] = start + costs[action.phase is Phase.BACKWARD]
+                bars.append(_action_bar(schedule, action, rank, start, clock[rank]))
                 at[rank] += 1
                 moved = True
-    if len(bars) < sum(map(len, schedule.orders)):
-        stuck = [
-            f"rank {rank} at {order[i]}"
-            for (rank, order), i in zip(enumerate(schedule.orders), at, strict=True)
-            if i < len(order)
-        ]
-        raise PlanError(f"the ranks of this schedule wait for each other: {'; '.join(stuck)}")
+    stuck = [(rank, order[at[rank]]) for rank, order in enumerate(schedule.orders) if at[rank] < len(order)]
+    if stuck:
+        where = "; ".join(f"rank {rank} at {action}" for rank, action in stuck)
+        raise PlanError(f"the ranks of this schedule wait for each other: {where}")
     return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
+
+
+def _ready(schedule: Schedule, action: Action, ended: dict[Action, float]) -> float | None:
+    """When the stage before, in the direction of the action, hands its result over; None: not yet known."""
+    before = action.stage + (-1 if action.phase is Phase.FORWARD else 1)
+    if not 0 <= before < schedule.num_stages:
+        return 0.0
+    return ended.get(evolve(action, stage=before))
+
+
+def _action_bar(schedule: Schedule, action: Action, rank: int, start: float, end: float) -> Bar:
+    """The bar of one action; its name gives the stage only where a rank holds several."""
+    several = schedule.num_stages > schedule.num_ranks
+    return Bar(
+        rank=rank,
+        activity="forward" if action.phase is Phase.FORWARD else "backward",
+        start_seconds=start,
+        end_seconds=end,
+        label=str(action) if several else f"{action.phase}{action.microbatch}",
+    )
 
 
 def column_activities(bars: Iterable[Bar], *, span_seconds: float, columns: int) -> list[str]:

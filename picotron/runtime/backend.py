@@ -156,6 +156,9 @@ class Backend(Protocol):
     def gather_objects(self, value: object) -> list[object]:
         """Every rank's picklable value, in rank order, on every rank. Control plane: not payload."""
 
+    def settle(self) -> None:
+        """Return once completed operations have let go of their tensors; for measuring live memory."""
+
     def mark(self) -> float:
         """Seconds on this rank's clock; only differences mean anything."""
 

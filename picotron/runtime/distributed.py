@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 TIMEOUT_SECONDS = 600.0
+SETTLE_SECONDS = 2e-3
 
 GLOO = Capabilities(name="gloo", virtual_time=False, fused_reduce_scatter=False)
 NCCL = Capabilities(name="nccl", virtual_time=False, fused_reduce_scatter=True)
@@ -232,6 +233,10 @@ class DistributedBackend:
         with self._named("gather_objects"):
             dist.all_gather_object(values, value)
         return values
+
+    def settle(self) -> None:
+        """Give torch's own threads, which let go of tensors just after ``wait``, a moment to do so."""
+        time.sleep(SETTLE_SECONDS)
 
     def mark(self) -> float:
         """Host seconds; on CUDA the device may be behind."""

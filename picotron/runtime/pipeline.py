@@ -271,6 +271,7 @@ class Session:
 
     def _note_memory(self, walk: _Walk, index: int, operation: int) -> None:
         if walk.tracker is not None:
+            self.backend.settle()
             walk.memory.append((index, operation, walk.tracker.live_bytes, walk.tracker.peak_bytes))
             walk.tracker.restart_peak()
 

@@ -71,18 +71,19 @@ def simulate(
     scheduler = Scheduler(world_size, seed)
     results: list[Any] = [None] * world_size
     # Only this thread starts and joins ranks, so that no KeyboardInterrupt can fall in between.
+    ended = threading.Event()  # waited for, since an interrupted Thread.join takes its thread for stopped
     conductor = threading.Thread(
-        target=_conduct, args=(scheduler, function, results), name="picotron-conductor", daemon=True
+        target=_conduct, args=(scheduler, function, results, ended), name="picotron-conductor", daemon=True
     )
     intra_op_threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     conductor.start()
     try:
-        conductor.join(timeout_seconds)
-        if conductor.is_alive():
+        if not ended.wait(timeout_seconds):
             scheduler.stop(_timeout_error(scheduler, timeout_seconds))
     except BaseException as interrupt:
         scheduler.stop(interrupt)
     finally:
+        ended.wait()
         conductor.join()
         torch.set_num_threads(intra_op_threads)  # what threads to come start from is one setting for all
         torch.set_rng_state(random_state)
@@ -91,7 +92,9 @@ def simulate(
     return results
 
 
-def _conduct(scheduler: Scheduler, function: Callable[[Backend], T], results: list[T]) -> None:
+def _conduct(
+    scheduler: Scheduler, function: Callable[[Backend], T], results: list[T], ended: threading.Event
+) -> None:
     """Start every rank, give one of them the baton, and join them all."""
     ledger, threads = Ledger(), []
     for task in scheduler.tasks:
@@ -108,6 +111,7 @@ def _conduct(scheduler: Scheduler, function: Callable[[Backend], T], results: li
     for thread in threads:
         if thread.ident is not None:
             thread.join()
+    ended.set()
 
 
 def _run_rank(function: Callable[[Backend], T], backend: SimulatedBackend, results: list[T]) -> None:
@@ -519,6 +523,9 @@ class SimulatedBackend:
         handle.wait()
         assert isinstance(handle.operation, Collective)
         return [pickle.loads(theirs) for (theirs,) in handle.operation.in_group_order()]
+
+    def settle(self) -> None:
+        """Nothing is held beyond an operation's end."""
 
     def mark(self) -> float:
         """Virtual seconds on this rank's clock."""

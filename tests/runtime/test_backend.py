@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def all_gather_concatenates_in_group_order(backend: Backend) -> None:
     """Two rows a rank, along dim 0, from an input apart and from this rank's own part of the output."""
     n, group = backend.world_size, world(backend)
     for dtype in DTYPES:
-        expected = torch.arange(n, dtype=dtype).repeat_interleave(2)[:, None].expand(-1, 3)
+        expected = torch.tensor([[r] * 3 for r in range(n) for _ in range(2)], dtype=dtype)
         output = torch.full((2 * n, 3), -1, dtype=dtype)
         backend.all_gather(output, torch.full((2, 3), backend.rank, dtype=dtype), group).wait()
         assert torch.equal(output, expected)
@@ -77,8 +78,12 @@ def all_gather_concatenates_in_group_order(backend: Backend) -> None:
 def reduce_scatter_gives_each_rank_its_part(backend: Backend) -> None:
     """Rank r gets row r of the reduced matrix; the input is left alone."""
     n, group = backend.world_size, world(backend)
-    expected = {"sum": lambda r: n * r + n * (n - 1) / 2, "max": lambda r: r + n - 1}
-    expected["avg"] = lambda r: expected["sum"](r) / n
+    total = n * (n - 1) / 2
+    expected: dict[str, Callable[[int], float]] = {
+        "sum": lambda r: n * r + total,
+        "max": lambda r: r + n - 1,
+        "avg": lambda r: r + total / n,
+    }
     for dtype in DTYPES:
         for op, value in expected.items():
             if op == "avg" and dtype == torch.int64:
@@ -163,8 +168,8 @@ def messages_go_round_a_ring(backend: Backend) -> None:
         for receive_first in (True, False):
             received, sent = row(-1, -1, dtype=dtype), row(backend.rank, 5, dtype=dtype)
             posts = [
-                lambda r=received: backend.recv(r, before, "ring"),
-                lambda s=sent: backend.send(s, after, "ring"),
+                partial(backend.recv, received, before, "ring"),
+                partial(backend.send, sent, after, "ring"),
             ]
             if before == backend.rank:
                 continue
@@ -253,11 +258,11 @@ def parameters_are_reduced_without_autograd(backend: Backend) -> None:
     assert parameter.is_leaf and parameter.item() == backend.world_size
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operation that is dispatched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,234 @@
+"""Strategies shared by the rooms of the planner: one a type, named by its plural, built from valid parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.model import ModelSpec
+from picotron.planner.pipeline import SCHEDULES, Action, Phase, Schedule, make_schedule
+from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.topology import AXES, Topology
+
+DENSE = ("llama", "qwen2", "qwen3", "gpt2")
+SPARSE = ("mixtral", "qwen3_moe", "deepseek_v3")
+
+
+def divisors(number: int, limit: int | None = None) -> list[int]:
+    """What divides ``number``, ascending, up to ``limit``."""
+    return [k for k in range(1, min(number, limit or number) + 1) if number % k == 0]
+
+
+@st.composite
+def topologies(draw: st.DrawFn, max_degree: int = 4) -> Topology:
+    """Degrees up to ``max_degree`` in any order of the axes, with any experts' cut of a stage."""
+    sizes = {axis: draw(st.integers(1, max_degree)) for axis in AXES}
+    stage = sizes["dp"] * sizes["cp"] * sizes["tp"]
+    ep = draw(st.sampled_from(divisors(stage)))
+    etp = draw(st.sampled_from(divisors(stage // ep)))
+    return Topology(**sizes, ep=ep, etp=etp, order=tuple(draw(st.permutations(AXES))))
+
+
+@st.composite
+def schedules(draw: st.DrawFn, max_ranks: int = 4, max_microbatches: int = 8) -> Schedule:
+    """One of the schedules that have a name."""
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    return make_schedule(name, draw(st.integers(1, max_ranks)), draw(st.integers(1, max_microbatches)))
+
+
+@st.composite
+def interleavings(
+    draw: st.DrawFn, max_ranks: int = 3, max_chunks: int = 2, max_microbatches: int = 4
+) -> Schedule:
+    """Any valid schedule, in some order that one worker could run; its ranks may still wait in a circle.
+
+    Stages go round the ranks, ``max_chunks`` a rank at most.
+    """
+    num_ranks, chunks = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_chunks))
+    num_microbatches = draw(st.integers(1, max_microbatches))
+    num_stages = num_ranks * chunks
+    orders: list[list[Action]] = [[] for _ in range(num_ranks)]
+    ready = [Action(0, Phase.FORWARD, index) for index in range(num_microbatches)]
+    while ready:
+        action = ready.pop(draw(st.integers(0, len(ready) - 1)))
+        orders[action.stage % num_ranks].append(action)
+        ready += _next(action, num_stages)
+    return Schedule(
+        name="drawn",
+        num_microbatches=num_microbatches,
+        stage_ranks=tuple(stage % num_ranks for stage in range(num_stages)),
+        orders=tuple(map(tuple, orders)),
+    )
+
+
+def _next(action: Action, num_stages: int) -> list[Action]:
+    """What one microbatch does after ``action``: up through the stages, then down."""
+    stage, phase, microbatch = action.stage, action.phase, action.microbatch
+    if phase is Phase.FORWARD and stage + 1 < num_stages:
+        return [Action(stage + 1, Phase.FORWARD, microbatch)]
+    if phase is Phase.FORWARD:
+        return [Action(stage, Phase.BACKWARD, microbatch)]
+    return [Action(stage - 1, Phase.BACKWARD, microbatch)] if stage else []
+
+
+@st.composite
+def warmups(draw: st.DrawFn, num_ranks: int, num_microbatches: int) -> Schedule:
+    """A schedule between 1F1B and AFAB: rank s holds between min(m, p - s) and m, never less than its next."""
+    orders: list[tuple[Action, ...]] = []
+    held = 1
+    for rank in reversed(range(num_ranks)):
+        held = min(num_microbatches, held + draw(st.integers(0, 2)))
+        orders.insert(0, _one_stage_order(rank, held, num_microbatches))
+        held += 1
+    return Schedule(
+        name="drawn",
+        num_microbatches=num_microbatches,
+        stage_ranks=tuple(range(num_ranks)),
+        orders=tuple(orders),
+    )
+
+
+def _one_stage_order(rank: int, held: int, num_microbatches: int) -> tuple[Action, ...]:
+    forwards = [Action(rank, Phase.FORWARD, index) for index in range(num_microbatches)]
+    backwards = [Action(rank, Phase.BACKWARD, index) for index in range(num_microbatches)]
+    steady = [
+        action for pair in zip(backwards, forwards[held:], strict=False) for action in pair
+    ]  # one B, one F
+    return (*forwards[:held], *steady, *backwards[num_microbatches - held :])
+
+
+@st.composite
+def configs(draw: st.DrawFn, families: tuple[str, ...] = DENSE, max_layers: int = 4) -> dict[str, Any]:
+    """A small configuration whose heads and widths can be cut in two and in four where heads allow it."""
+    family = draw(st.sampled_from(families))
+    heads, head_dim = draw(st.sampled_from([1, 2, 4])), 2 * draw(st.integers(1, 3))
+    vocab_size, num_layers = draw(st.integers(8, 21)), draw(st.integers(1, max_layers))
+    intermediate, tied = 4 * draw(st.integers(1, 4)), draw(st.booleans())
+    if family == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "vocab_size": vocab_size,
+            "n_embd": heads * head_dim,
+            "n_layer": num_layers,
+            "n_head": heads,
+            "n_inner": intermediate,
+            "n_positions": 64,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": tied,
+        }
+    config: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": heads * draw(st.integers(1, 4)),
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads
+        if family == "deepseek_v3"
+        else draw(st.sampled_from(divisors(heads))),
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+    }
+    return config | ({} if family == "deepseek_v3" else {"head_dim": head_dim}) | _experts(draw, family)
+
+
+def _experts(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """The keys of a family with experts: four of them or five, two a token."""
+    number = draw(st.integers(4, 5)) if family in ("mixtral", "qwen3_moe") else 4
+    if family == "mixtral":
+        return {"num_local_experts": number, "num_experts_per_tok": 2}
+    width = 4 * draw(st.integers(1, 2)) if family in SPARSE else 0
+    common = {"num_experts_per_tok": 2, "moe_intermediate_size": width}
+    if family == "qwen3_moe":
+        return common | {"num_experts": number}
+    if family == "deepseek_v3":
+        return common | {
+            "n_routed_experts": number,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": draw(st.integers(0, 1)),
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+            "q_lora_rank": draw(st.none() | st.just(5)),
+            "kv_lora_rank": 3,
+            "qk_nope_head_dim": 3,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 5,
+        }
+    return {}
+
+
+def models(families: tuple[str, ...] = DENSE, max_layers: int = 4) -> st.SearchStrategy[ModelSpec]:
+    """A small model of one of ``families``, by default of those that the runtime has layers for."""
+    return configs(families, max_layers).map(ModelSpec.from_hf)
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE) -> TrainingPlan:
+    """A valid plan of a small model on up to ``max_ranks`` ranks; the simplest is one rank."""
+    model = draw(models(families))
+    tp = draw(st.sampled_from(divisors(model.num_heads, max_ranks)))
+    pp = draw(st.integers(1, min(model.num_layers, max_ranks // tp)))
+    dp = draw(st.integers(1, min(3, max_ranks // (tp * pp))))
+    cp = draw(st.integers(1, min(2, max_ranks // (tp * pp * dp))))
+    micro_batch, num_microbatches = draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    seq_len = cp * draw(st.integers(1, 6))
+    can_cut = tp > 1 and micro_batch * seq_len // cp % tp == 0
+    ep, etp = draw(_expert_degrees(model, dp * cp * tp))
+    return plan(
+        model,
+        draw(_clusters(pp * dp * cp * tp)),
+        Workload(
+            global_batch=dp * micro_batch * num_microbatches,
+            seq_len=seq_len,
+            precision=draw(st.sampled_from(["bf16", "fp32", "fp64"])),
+            optimizer=draw(st.sampled_from(["adamw", "sgd"])),
+        ),
+        dp=dp,
+        pp=pp,
+        cp=cp,
+        tp=tp,
+        ep=ep,
+        etp=etp,
+        order=tuple(draw(st.permutations(AXES))),
+        schedule=draw(st.sampled_from(sorted(SCHEDULES)) | warmups(pp, num_microbatches)),
+        micro_batch=micro_batch,
+        sequence_parallel=draw(st.sampled_from([None, False, True] if can_cut else [None, False])),
+        bucket_bytes=draw(st.sampled_from([1, 300, 2000, 2**30])),
+    )
+
+
+@st.composite
+def _expert_degrees(draw: st.DrawFn, model: ModelSpec, stage_size: int) -> tuple[int, int]:
+    """(ep, etp) that cut the ``stage_size`` ranks of a stage; (1, 1) without experts."""
+    if model.experts is None:
+        return 1, 1
+    ep = draw(st.sampled_from(divisors(stage_size, model.experts.num_experts)))
+    widths = divisors(stage_size // ep)
+    return ep, draw(st.sampled_from([k for k in widths if model.experts.intermediate_size % k == 0]))
+
+
+def _clusters(world: int) -> st.SearchStrategy[ClusterSpec]:
+    """CPU devices for ``world`` ranks, in one node or more."""
+    return st.sampled_from(divisors(world)).map(
+        lambda nodes: ClusterSpec.preset("cpu", nodes=nodes, devices_per_node=world // nodes)
+    )
+
+
+def quarters(maximum: int = 40) -> st.SearchStrategy[float]:
+    """Seconds in quarters, which floats add up without rounding."""
+    return st.integers(0, maximum).map(lambda count: count / 4)
+
+
+@st.composite
+def stage_costs(draw: st.DrawFn, num_segments: int, update_seconds: float) -> StageCost:
+    """Any seconds for each of ``num_segments`` segments."""
+    segment = st.builds(SegmentCost, compute_seconds=quarters(), communication_seconds=quarters())
+    several = st.lists(segment, min_size=num_segments, max_size=num_segments).map(tuple)
+    return StageCost(forward=draw(several), backward=draw(several), update_seconds=update_seconds)

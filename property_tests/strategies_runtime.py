@@ -1,0 +1,121 @@
+"""Strategies for the runtime wing: trainings tiny enough to run on every simulated rank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attrs import frozen
+from hypothesis import strategies as st
+
+from picotron.planner.data import DEFAULT_BUCKET_BYTES
+from picotron.planner.model import ModelSpec
+from picotron.planner.plan import TrainingPlan, Workload
+from picotron.planner.topology import AXES
+from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
+
+MAX_RANKS = 8
+LARGEST_BATCH = 16  # sequences of a step
+ORDERS = (AXES, ("dp", "pp", "cp", "tp"), ("tp", "cp", "dp", "pp"))
+
+
+def degree_triples(max_ranks: int = MAX_RANKS) -> list[tuple[int, int, int]]:
+    """Every (dp, pp, tp) of at most ``max_ranks`` ranks, the fewest first."""
+    sizes = range(1, max_ranks + 1)
+    triples = [(dp, pp, tp) for dp in sizes for pp in sizes for tp in sizes if dp * pp * tp <= max_ranks]
+    return sorted(triples, key=math.prod)
+
+
+@frozen(kw_only=True)
+class Training:
+    """A plan, whether its samples are of unequal length, and which interleaving of the ranks runs it."""
+
+    plan: TrainingPlan
+    ragged: bool
+    seed: int
+
+
+@st.composite
+def decoders(draw: st.DrawFn, *, layers: int = 2, tp: int = 1) -> ModelSpec:
+    """A runnable model with ``layers`` that ``tp`` can cut; key/value heads may be fewer than ``tp``."""
+    family = draw(st.sampled_from(FAMILIES))
+    heads = tp * draw(st.integers(1, max(1, 6 // tp)))
+    shared = [kv for kv in range(1, heads + 1) if heads % kv == 0 and (kv % tp == 0 or tp % kv == 0)]
+    config: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": draw(st.sampled_from(shared)),
+        "layers": layers,
+        "vocab": draw(st.integers(61, 97)),
+        "tied": draw(st.booleans()),
+    }
+    if family in ("llama", "qwen3"):
+        config["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        config |= {"mlp_bias": draw(st.booleans()), "rope_scaling": draw(_rope_scalings)}
+    return tiny_model(family, **config)
+
+
+_rope_scalings = st.sampled_from(
+    [
+        None,
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ]
+)
+
+
+@st.composite
+def trainings(
+    draw: st.DrawFn, *, optimizers: tuple[str, ...] = ("sgd",), max_ranks: int = MAX_RANKS
+) -> Training:
+    """A training of any decoder on any topology of at most ``max_ranks`` ranks, by any schedule."""
+    dp, pp, tp = draw(st.sampled_from(degree_triples(max_ranks)))
+    stage_layers = tuple(draw(st.integers(1, 2 if pp < 4 else 1)) for _ in range(pp))
+    model = draw(decoders(layers=sum(stage_layers), tp=tp))
+    sequence_parallel = tp > 1 and draw(st.booleans())
+    micro_batch = draw(st.integers(1, 2))
+    unit = tp // math.gcd(tp, micro_batch) if sequence_parallel else 1  # tp divides the tokens
+    num_microbatches = draw(st.integers(1, max(1, min(5, LARGEST_BATCH // (dp * micro_batch)))))
+    work = draw(
+        workloads(
+            global_batch=dp * micro_batch * num_microbatches,
+            seq_len=unit * draw(st.integers(-(-8 // unit), 16 // unit)),
+            optimizers=optimizers,
+        )
+    )
+    made = tiny_plan(
+        model,
+        work,
+        dp=dp,
+        pp=pp,
+        tp=tp,
+        micro_batch=micro_batch,
+        sequence_parallel=sequence_parallel,
+        stage_layers=stage_layers,
+        schedule=draw(st.sampled_from(["1f1b", "afab"])),
+        bucket_bytes=draw(st.sampled_from([DEFAULT_BUCKET_BYTES, 10_000, 1])),
+        order=draw(st.sampled_from(ORDERS)),
+    )
+    ragged = work.global_batch >= 4 and draw(st.booleans())  # fewer might all be without a label
+    return Training(plan=made, ragged=ragged, seed=draw(st.integers(0, 2)))
+
+
+@st.composite
+def workloads(
+    draw: st.DrawFn, *, global_batch: int, seq_len: int, optimizers: tuple[str, ...] = ("sgd",)
+) -> Workload:
+    """In either precision, with and without clipping and decay."""
+    return tiny_workload(
+        global_batch=global_batch,
+        seq_len=seq_len,
+        precision=draw(st.sampled_from(["fp64", "fp32"])),
+        optimizer=draw(st.sampled_from(optimizers)),
+        max_grad_norm=draw(st.sampled_from([0.0, 1.0])),
+        weight_decay=draw(st.sampled_from([0.0, 0.1])),
+    )
