@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from attrs import evolve
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from picotron.runtime.data import step_batches
@@ -22,7 +22,6 @@ from tests.runtime.models import (
 
 
 @given(trainings())
-@settings(deadline=None)
 def test_unequal_padding_weighs_no_token_more(training):
     """Samples of unequal length give the single rank's loss and count of tokens on every rank."""
     made = training.plan

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
 from property_tests.strategies_runtime import trainings
 from tests.runtime.models import memory_shares, random_samples, train
 
 
 @given(trainings(optimizers=("adamw", "sgd")))
-@settings(deadline=None)
 def test_live_bytes_are_the_plans_and_the_peak_nearly(training):
     """From the second step on live bytes equal the plan's at every entry; the peak is 98 to 100 % of it."""
     made = training.plan

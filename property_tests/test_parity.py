@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
 from property_tests.strategies_runtime import trainings
 from tests.runtime.models import (
@@ -17,7 +17,6 @@ from tests.runtime.models import (
 
 
 @given(trainings())
-@settings(deadline=None)
 def test_many_ranks_train_as_one(training):
     """Loss, norm and every gradient of five steps are the single rank's, by the planned rows and bytes."""
     made = training.plan

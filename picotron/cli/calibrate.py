@@ -22,7 +22,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--ranks", type=int, default=8, help="ranks that share the machine (default: 8)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp64", "bf16"), help="default: fp32")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure (default: 2)")
-    parser.add_argument("-o", "--out", metavar="FILE", default=STANDARD, help="where to save it; default: print")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", default=STANDARD, help="where to save it; default: print"
+    )
 
 
 def _execute(arguments: argparse.Namespace) -> None:

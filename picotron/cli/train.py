@@ -18,9 +18,9 @@ from picotron.planner.serialize import fingerprint
 if TYPE_CHECKING:
     from picotron.runtime.data import Dataset
     from picotron.runtime.pipeline import StepResult
+    from picotron.runtime.train import Report
 
 DEFAULT_MODEL = "llama-tiny"
-DEFAULT_DEGREES = {"dp": 2, "pp": 2, "tp": 2}
 DEFAULT_WORKLOAD = Workload(
     global_batch=16,
     seq_len=128,
@@ -73,7 +73,9 @@ def default_plan() -> TrainingPlan:
         cluster,
         DEFAULT_WORKLOAD,
         micro_batch=DEFAULT_MICRO_BATCH,
-        **DEFAULT_DEGREES,
+        dp=2,
+        pp=2,
+        tp=2,
     )
 
 
@@ -143,7 +145,9 @@ def _check_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise PlanError("training needs torch, which is not installed; pip install 'picotron[torch]'") from None
+        raise PlanError(
+            "training needs torch, which is not installed; pip install 'picotron[torch]'"
+        ) from None
 
 
 def _dataset(path: str | None, seq_len: int) -> Dataset:
@@ -152,7 +156,7 @@ def _dataset(path: str | None, seq_len: int) -> Dataset:
     return standard_library_text(seq_len) if path is None else byte_text(path, seq_len)
 
 
-def _progress(steps: int):  # type: ignore[no-untyped-def]
+def _progress(steps: int) -> Report:
     """A report that rewrites one line on a terminal, and prints every tenth step elsewhere."""
     live = sys.stderr.isatty()
 
@@ -160,8 +164,8 @@ def _progress(steps: int):  # type: ignore[no-untyped-def]
         done = result.step + 1
         rate = result.num_tokens / seconds if seconds > 0 else 0.0
         text = (
-            f"step {done:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  grad norm {result.grad_norm:.3f}  "
-            f"{rate:,.0f} tokens/s  {left:.0f} s left"
+            f"step {done:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  "
+            f"grad norm {result.grad_norm:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
         )
         if live:
             print(f"\r{text:<90}", end="\n" if done == steps else "", file=sys.stderr, flush=True)

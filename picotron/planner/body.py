@@ -186,7 +186,7 @@ def collective_bytes(body: Body) -> dict[tuple[str, str], int]:
 
 
 def segment_memory(segment: SegmentBody) -> tuple[np.ndarray, np.ndarray]:
-    """What the segment leaves, and what stands at its highest moment, by category, in bytes over its start."""
+    """Bytes over its start, by category: what the segment leaves, and what stands at its highest moment."""
     live = np.zeros(len(CATEGORIES), dtype=np.int64)
     peak = live.copy()
     for operation in segment.operations:

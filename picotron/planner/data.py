@@ -97,7 +97,8 @@ def microbatch_slice(
     """
     if not (0 <= dp_index < dp and 0 <= microbatch < num_microbatches):
         raise PlanError(
-            f"dp index must be in [0, {dp}) and microbatch in [0, {num_microbatches}), got {dp_index}, {microbatch}"
+            f"dp index must be in [0, {dp}) and microbatch in [0, {num_microbatches}), "
+            f"got {dp_index} and {microbatch}"
         )
     start = (dp_index * num_microbatches + microbatch) * micro_batch
     return slice(start, start + micro_batch)

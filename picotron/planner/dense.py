@@ -254,7 +254,7 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
             _bias_gradient(ops, f"{name}_proj", d.tokens, size)
     ops.kernel("free", 0, kernels=0, frees=[source])
     full = ops.dnormed(model)
-    for (name, size), gradient in zip(sizes, gradients, strict=True):
+    for name, size in sizes:
         ops.matmul(
             f"{name}_proj input",
             d.tokens,

@@ -488,9 +488,8 @@ def _grid_cells(topology: Topology, merged: tuple[int, int]) -> tuple[list[str],
 
 def stage_memory(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
     """The fullest rank of each stage: its first, which holds the largest slices."""
-    program = plan.program()
     return tuple(
-        memory_timeline(plan, rank_of(plan.topology, Coordinate(pp=stage)), program=program)
+        memory_timeline(plan, rank_of(plan.topology, Coordinate(pp=stage)))
         for stage in range(plan.topology.pp)
     )
 

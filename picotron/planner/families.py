@@ -7,7 +7,7 @@ leave out, and is then the default of transformers. Keys that change the archite
 not shape the trained model (token ids, dropout, caches, multi-token prediction) are passed over.
 
 SOURCES: ``presets/models/*.json`` are public Hugging Face model configurations by their published names, cut
-down to the keys that shape the model; those of Llama 3 and DeepSeek-V3 carry no rotary scaling. gpt3-175b is
+down to the keys that shape the model; DeepSeek-V3's carries no rotary scaling. gpt3-175b is
 Brown et al. 2020, arXiv:2005.14165, table 2.1, in GPT-2's keys with a vocabulary of 51,200. llama-tiny is
 our own: 2.5 million parameters over bytes.
 """

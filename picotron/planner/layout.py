@@ -65,14 +65,14 @@ class Placement:
 
 
 def even_ranges(size: int, parts: int) -> tuple[Range, ...]:
-    """``size`` cut into ``parts`` neighbouring ranges whose lengths differ by at most one, longer first."""
+    """``size`` cut into ``parts`` neighbouring ranges; lengths differ by one at most, longer first."""
     base, extra = divmod(size, parts)
     stops = [base * (part + 1) + min(part + 1, extra) for part in range(parts)]
     return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def cut_ranges(cut: Cut, size: int, index: int) -> tuple[Range, ...]:
-    """Ranges along ``cut.dim`` (of global length ``size``) held at ``index`` of the cut's axis, one a block."""
+    """Ranges along ``cut.dim`` (of length ``size``) held at ``index`` of the cut's axis, one a block."""
     block = size // cut.blocks
     start, stop = even_ranges(block, cut.parts)[index // cut.copies]
     return tuple((first + start, first + stop) for first in range(0, size, block))

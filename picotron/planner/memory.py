@@ -8,19 +8,20 @@ rounding and the framework's own memory are not counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from attrs import cmp_using, field, frozen
+from attrs import cmp_using, define, field, frozen
 
 from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_memory
 from picotron.planner.layout import counts_in_norm, local_numel
 from picotron.planner.plan import MOMENTS, TrainingPlan
-from picotron.planner.program import STATISTICS_BYTES, Kind, Program, Row, rows
+from picotron.planner.program import STATISTICS_BYTES, Kind, Row, rows
 from picotron.planner.topology import Coordinate, coordinate
 
 STEP_COUNTER_BYTES = 4  # Adam keeps one fp32 step count a parameter tensor
 
-_array = field(eq=cmp_using(eq=np.array_equal), repr=False)
+_array: Any = field(eq=cmp_using(eq=np.array_equal), repr=False)
 
 
 @frozen(kw_only=True)
@@ -73,68 +74,83 @@ def _position_bytes(plan: TrainingPlan, where: Coordinate) -> int:
     return 2 * d.seq_len * (rotary // 2) * d.itemsize
 
 
-def memory_timeline(plan: TrainingPlan, rank: int, *, program: Program | None = None) -> MemoryTimeline:
+def memory_timeline(plan: TrainingPlan, rank: int) -> MemoryTimeline:
     """Live bytes on ``rank`` over one step in the steady state.
 
-    The gradient norm makes three fp64 numbers for each tensor it counts.
+    Every entry is one of a few *moments* (a segment of a body, a posted receive, a finished send), each with
+    what it leaves and its highest point over its start; the timeline is their running sum.
     """
     where = coordinate(plan.topology, rank)
-    forward, backward = plan.bodies(where.pp, where.tp)
-    bodies = {
-        kind: [segment_memory(segment) for segment in body.segments]
-        for kind, body in ((Kind.FORWARD, forward), (Kind.BACKWARD, backward))
-    }
-    boundary = plan.dims(where.tp).local_bytes
-    live = np.zeros(len(CATEGORIES), dtype=np.int64)
-    for category, size in static_bytes(plan, where).items():
-        live[CATEGORIES.index(category)] = size
-    entries: list[tuple[int, int, int, int]] = []
-    peak = live.copy()
-    norm_scratch = 8 * max(1, 3 * sum(counts_in_norm(p, where) for p in plan.held(where)))
-    own = rows(program or plan.program(where.tp), where.pp)
-    for index, row in enumerate(own):
-        if row.anchor_row >= 0:
-            continue  # posted inside another row; it allocates nothing
-        for operation, (left, highest) in enumerate(bodies.get(row.kind, ())):
-            if (live + highest).sum() > peak.sum():
-                peak = live + highest
-            entries.append((index, operation, int((live + left).sum()), int((live + highest).sum())))
-            live = live + left
-        change = _row_change(row, own, boundary)
-        before, live = live, live + change
-        if live.sum() > peak.sum():
-            peak = live.copy()
-        total = int(live.sum())
-        scratch = norm_scratch if row.kind is Kind.NORM else 0
-        entries.append((index, -1, total, max(total, int(before.sum())) + scratch))
-    return _timeline(rank, entries, peak)
-
-
-def _row_change(row: Row, own: Sequence[Row], boundary_bytes: int) -> np.ndarray:
-    """A posted receive makes its buffer; a finished send frees the one it sent."""
-    change = np.zeros(len(CATEGORIES), dtype=np.int64)
-    if row.kind is Kind.RECV_F:
-        change[CATEGORIES.index("activations")] = boundary_bytes
-    elif row.kind is Kind.RECV_B:
-        change[CATEGORIES.index("workspace")] = boundary_bytes
-    elif row.kind is Kind.WAIT:
-        sent = own[row.target].kind
-        if sent is Kind.SEND_F:
-            change[CATEGORIES.index("activations")] = -boundary_bytes
-        elif sent is Kind.SEND_B:
-            change[CATEGORIES.index("workspace")] = -boundary_bytes
-    return change
-
-
-def _timeline(rank: int, entries: list[tuple[int, int, int, int]], peak: np.ndarray) -> MemoryTimeline:
-    columns = np.array(entries, dtype=np.int64).reshape(-1, 4).T
+    own = rows(plan.program(where.tp), where.pp)
+    moments = _moments(plan, where)
+    entries = [
+        (index, operation, number)
+        for index, row in enumerate(own)
+        if row.anchor_row < 0  # posted inside another row, it allocates nothing
+        for operation, number in moments.of(row, own)
+    ]
+    index, operation, number = np.array(entries, dtype=np.int64).T
+    left, highest = np.stack(moments.left)[number], np.stack(moments.highest)[number]
+    standing = np.array([static_bytes(plan, where).get(category, 0) for category in CATEGORIES])
+    ends = standing + left.cumsum(axis=0)
+    peaks = ends - left + highest
+    totals = peaks.sum(axis=1)
     return MemoryTimeline(
         rank=rank,
-        row=columns[0],
-        operation=columns[1],
-        live_bytes=columns[2],
-        peak_bytes=columns[3],
+        row=index,
+        operation=operation,
+        live_bytes=ends.sum(axis=1),
+        peak_bytes=totals,
         peak_by_category=tuple(
-            (name, int(size)) for name, size in zip(CATEGORIES, peak, strict=True) if size
+            (name, int(size)) for name, size in zip(CATEGORIES, peaks[totals.argmax()], strict=True) if size
         ),
     )
+
+
+@define
+class _Moments:
+    """What can happen to memory, numbered: bytes left and highest bytes, by category."""
+
+    left: list[np.ndarray] = field(factory=list)
+    highest: list[np.ndarray] = field(factory=list)
+    segments: dict[Kind, list[int]] = field(factory=dict)
+    changes: dict[tuple[Kind, Kind], int] = field(factory=dict)  # by row, and what it waits for
+
+    def add(self, left: np.ndarray, highest: np.ndarray) -> int:
+        self.left.append(left)
+        self.highest.append(highest)
+        return len(self.left) - 1
+
+    def of(self, row: Row, own: Sequence[Row]) -> list[tuple[int, int]]:
+        """(operation, moment) of each entry of ``row``: its segments, then the row itself (-1)."""
+        concerned = own[row.target].kind if row.kind is Kind.WAIT else row.kind
+        return [*enumerate(self.segments.get(row.kind, ())), (-1, self.changes.get((row.kind, concerned), 0))]
+
+
+def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
+    """The moments of the rank at ``where``; number 0 changes nothing."""
+    found = _Moments()
+    boundary = plan.dims(where.tp).local_bytes
+
+    def change(category: Category, size: int) -> int:
+        delta = np.array([size if name == category else 0 for name in CATEGORIES])
+        return found.add(delta, np.maximum(delta, 0))
+
+    change("buffers", 0)
+    found.changes = {
+        (Kind.RECV_F, Kind.RECV_F): change("activations", boundary),
+        (Kind.RECV_B, Kind.RECV_B): change("workspace", boundary),
+        (Kind.WAIT, Kind.SEND_F): change("activations", -boundary),
+        (Kind.WAIT, Kind.SEND_B): change("workspace", -boundary),
+    }
+    scratch = change("workspace", _norm_scratch_bytes(plan, where))
+    found.left[scratch] = np.zeros_like(found.left[scratch])
+    found.changes[Kind.NORM, Kind.NORM] = scratch
+    for kind, body in zip((Kind.FORWARD, Kind.BACKWARD), plan.bodies(where.pp, where.tp), strict=True):
+        found.segments[kind] = [found.add(*segment_memory(segment)) for segment in body.segments]
+    return found
+
+
+def _norm_scratch_bytes(plan: TrainingPlan, where: Coordinate) -> int:
+    """The gradient norm makes three fp64 numbers for each tensor it counts, one if it counts none."""
+    return 8 * max(1, 3 * sum(counts_in_norm(placement, where) for placement in plan.held(where)))

@@ -24,9 +24,11 @@ class Operations:
         return Tensor(f"{self.index + offset}.g", self.d.local_bytes, "workspace")
 
     def tensor(self, name: str, elements: int, category: Category = "workspace", itemsize: int = 0) -> Tensor:
+        """A buffer of this segment."""
         return Tensor(f"{self.index}.{name}", elements * (itemsize or self.d.itemsize), category)
 
     def saved(self, name: str, elements: int, itemsize: int = 0) -> Tensor:
+        """A buffer that forward leaves for backward."""
         return self.tensor(name, elements, "activations", itemsize)
 
     def matmul(
@@ -84,6 +86,7 @@ class Operations:
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
     ) -> None:
+        """Communication over ``group`` that the segment blocks on."""
         self.operations.append(
             Operation(
                 name=name,
@@ -128,6 +131,7 @@ class Operations:
         return normed
 
     def statistics(self, model: ModelSpec) -> list[Tensor]:
+        """What the norm keeps of each row."""
         names = ("inverse",) if model.norm == "rms" else ("mean", "inverse")
         return [self.saved(name, self.d.local_tokens) for name in names]
 
@@ -169,6 +173,7 @@ class Operations:
         return self.g() if in_place else self.tensor("dnormed", self.d.tokens * self.d.hidden)
 
     def rms_backward(self, name: str, rows: int, width: int) -> None:
+        """Backward of an RMS norm over ``width``, in the memory of its output's gradient."""
         unit, product = (
             self.tensor(f"{name} unit", rows * width),
             self.tensor(f"{name} product", rows * width),

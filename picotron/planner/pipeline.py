@@ -172,12 +172,12 @@ def schedule_from_csv(text: str, *, name: str = "custom") -> Schedule:
 
     Raises PlanError, naming line and cell, where the text is not a schedule.
     """
-    orders = []
-    for line, cells in enumerate(csv.reader(io.StringIO(text)), start=1):
-        try:
+    orders: list[tuple[Action, ...]] = []
+    try:
+        for cells in csv.reader(io.StringIO(text)):
             orders.append(tuple(parse_action(cell) for cell in cells if cell.strip()))
-        except PlanError as error:
-            raise PlanError(f"line {line}: {error}") from None
+    except (PlanError, csv.Error) as error:
+        raise PlanError(f"line {len(orders) + 1}: {error}") from None
     actions = [action for order in orders for action in order]
     if not actions:
         raise PlanError("a schedule needs at least one action, got an empty text")

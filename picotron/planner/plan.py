@@ -6,14 +6,16 @@ What follows from its fields (schedule, layout, bodies, program) is derived by p
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.body import Body, Dims, dims
-from picotron.planner.cluster import ClusterSpec
+from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
 from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
@@ -25,6 +27,7 @@ from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
 
 SCHEMA_VERSION = 1
+MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
 Precision = Literal["bf16", "fp32", "fp64"]
 OptimizerName = Literal["adamw", "sgd"]
 
@@ -47,15 +50,18 @@ FORMATS: dict[str, Format] = {
 MOMENTS: dict[str, int] = {"adamw": 2, "sgd": 0}
 
 
-def _whole(minimum: int):  # type: ignore[no-untyped-def]
-    def check(instance: object, attribute: Attribute[int], value: int) -> None:
+Validator = Callable[[object, "Attribute[Any]", Any], None]
+
+
+def _whole(minimum: int) -> Validator:
+    def check(instance: object, attribute: Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise PlanError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}")
 
     return check
 
 
-def _number(minimum: float, maximum: float = float("inf")):  # type: ignore[no-untyped-def]
+def _number(minimum: float, maximum: float = sys.float_info.max) -> Validator:
     def check(instance: object, attribute: Attribute[float], value: float) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
             raise PlanError(f"{attribute.name} must be a number in [{minimum}, {maximum}], got {value!r}")
@@ -63,7 +69,7 @@ def _number(minimum: float, maximum: float = float("inf")):  # type: ignore[no-u
     return check
 
 
-def _one_of(*known: str):  # type: ignore[no-untyped-def]
+def _one_of(*known: str) -> Validator:
     def check(instance: object, attribute: Attribute[str], value: str) -> None:
         if value not in known:
             raise PlanError(f"{attribute.name} must be one of {', '.join(known)}, got {value!r}")
@@ -95,6 +101,14 @@ class Workload:
     seed: int = field(default=0, validator=_whole(0))
 
 
+def _layers(value: Iterable[int]) -> tuple[int, ...]:
+    return tuple(value)
+
+
+def _words(value: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value)
+
+
 @frozen(kw_only=True)
 class TrainingPlan:
     """Everything a rank needs, in one value. Build it with ``plan``; a value that exists is valid.
@@ -111,9 +125,9 @@ class TrainingPlan:
     schedule_csv: str | None = None
     micro_batch: int = field(default=1, validator=_whole(1))
     sequence_parallel: bool = False
-    stage_layers: tuple[int, ...] = field(converter=tuple)
+    stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=_whole(1))
-    chosen: tuple[str, ...] = field(default=(), converter=tuple)
+    chosen: tuple[str, ...] = field(default=(), converter=_words)
 
     @chosen.validator
     def _consistent(self, _: Attribute[object], __: object) -> None:
@@ -129,19 +143,19 @@ class TrainingPlan:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
             self.dims(index)
-        if (self.schedule.num_ranks, self.schedule.num_microbatches) != (
-            self.topology.pp,
-            self.num_microbatches,
-        ):
-            raise PlanError(
-                f"the schedule must have {self.topology.pp} ranks and {self.num_microbatches} microbatches, "
-                f"got {self.schedule.num_ranks} and {self.schedule.num_microbatches}"
-            )
+        peak_flops_per_second(self.cluster.device, self.workload.precision)
+        _check_schedule(self.schedule, self.topology.pp, self.num_microbatches)
 
     def __str__(self) -> str:
         from picotron.planner.draw import draw_plan
 
         return draw_plan(self)
+
+    def _repr_html_(self) -> str:
+        """The schedule as a picture, for notebooks."""
+        from picotron.planner.draw_svg import schedule_svg
+
+        return schedule_svg(self)
 
     @property
     def num_microbatches(self) -> int:
@@ -224,8 +238,17 @@ class TrainingPlan:
             for bucket in self.stage_buckets[stage]
         )
 
+    @cached_property
+    def _programs(self) -> dict[int, Program]:
+        return {}
+
     def program(self, tp_index: int = 0) -> Program:
         """The rows of one step, as tensor-parallel rank ``tp_index`` of each stage runs them."""
+        if tp_index not in self._programs:
+            self._programs[tp_index] = self._lowered(tp_index)
+        return self._programs[tp_index]
+
+    def _lowered(self, tp_index: int) -> Program:
         return lower(
             self.schedule,
             boundary_bytes=self.dims(tp_index).local_bytes,
@@ -262,8 +285,8 @@ def plan(
     """
     chosen = []
     if dp is None:
-        _whole_degrees(pp=pp, cp=cp, tp=tp)
-        dp = max(1, cluster.num_devices // (pp * cp * tp))
+        rest = Topology(pp=pp, cp=cp, tp=tp).world_size
+        dp = max(1, cluster.num_devices // rest)
         chosen.append(f"dp={dp}: the devices that pp * cp * tp leave")
     topology = Topology(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp, order=order)
     _check_degrees(model, cluster, work, topology, micro_batch)
@@ -295,8 +318,15 @@ def plan(
     )
 
 
-def _whole_degrees(**degrees: int) -> None:
-    Topology(**degrees)
+def _check_schedule(schedule: Schedule, num_ranks: int, num_microbatches: int) -> None:
+    """Raise PlanError unless ``schedule`` has one stage a rank and runs the step's microbatches."""
+    if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
+        raise PlanError(
+            f"the schedule must have {num_ranks} ranks and {num_microbatches} microbatches, "
+            f"got {schedule.num_ranks} and {schedule.num_microbatches}"
+        )
+    if schedule.stage_ranks != tuple(range(num_ranks)):
+        raise PlanError(f"stage s must be on pipeline rank s, got stages on ranks {schedule.stage_ranks}")
 
 
 def _check_degrees(
@@ -312,11 +342,18 @@ def _check_degrees(
     per_step = topology.dp * micro_batch
     if work.global_batch % per_step:
         raise PlanError(
-            f"dp * micro_batch must divide global_batch {work.global_batch}, got {topology.dp} * {micro_batch} = {per_step}"
+            f"dp * micro_batch must divide global_batch {work.global_batch}, "
+            f"got {topology.dp} * {micro_batch} = {per_step}; change one of the three"
         )
     if topology.pp > model.num_layers:
         raise PlanError(
             f"pp must be at most the model's {model.num_layers} layers, got pp={topology.pp}; lower pp"
+        )
+    actions = 2 * topology.pp * (work.global_batch // per_step)
+    if actions > MAX_ACTIONS:
+        raise PlanError(
+            f"a step may have at most {MAX_ACTIONS:,} actions (an F and a B for each microbatch and stage), "
+            f"got {actions:,}; raise micro_batch or dp"
         )
     check_tensor_parallel(model, tp=topology.tp, etp=topology.etp)
     if topology.ep > 1 and model.experts is None:

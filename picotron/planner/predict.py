@@ -138,31 +138,29 @@ def _without_communication(program: Program, seconds: Durations) -> float:
 
 
 def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
-    """One timeline a rank; ranks of equal stage and slice share it."""
-    programs: dict[int, Program] = {}
+    """One timeline a rank; ranks that do exactly the same work share it."""
     found: dict[tuple[int, int], MemoryTimeline] = {}
     out = []
     for rank in range(plan.topology.world_size):
-        where, key = _alike(plan, rank)
+        _, key = _alike(plan, rank)
         if key not in found:
-            if key[1] not in programs:
-                programs[key[1]] = plan.program(where.tp)
-            found[key] = memory_timeline(plan, rank, program=programs[key[1]])
+            found[key] = memory_timeline(plan, rank)
         out.append(found[key])
     return tuple(out)
 
 
 def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[str, ...]:
     """One line for each stage that exceeds the device: by how much, and what takes most."""
-    capacity, lines = plan.cluster.device.memory_bytes, {}
+    capacity = plan.cluster.device.memory_bytes
+    lines: dict[int, str] = {}
     for rank, timeline in enumerate(memory):
         if timeline.max_bytes > capacity:
             stage = coordinate(plan.topology, rank).pp
             name, size = max(timeline.peak_by_category, key=lambda item: item[1])
             lines.setdefault(
                 stage,
-                f"stage {stage} (rank {rank}) needs {timeline.max_bytes / 2**30:.2f} GiB of "
-                f"{capacity / 2**30:.2f} GiB: {(timeline.max_bytes - capacity) / 2**30:.2f} GiB too much, "
+                f"stage {stage} needs {timeline.max_bytes / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
+                f"{(timeline.max_bytes - capacity) / 2**30:.2f} too much, "
                 f"most of it {name} ({size / 2**30:.2f} GiB)",
             )
     return tuple(lines.values())

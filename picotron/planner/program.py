@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from attrs import cmp_using, field, frozen
@@ -75,7 +75,7 @@ def _read_only(column: Sequence[int]) -> np.ndarray:
     return array
 
 
-_column = field(converter=_read_only, eq=cmp_using(eq=np.array_equal), repr=False)
+_column: Any = field(converter=_read_only, eq=cmp_using(eq=np.array_equal), repr=False)
 
 
 @frozen(kw_only=True)
@@ -270,12 +270,12 @@ def _program(per_rank: list[list[Row]], names: list[str]) -> Program:
     return Program(
         groups=tuple(names),
         offsets=tuple(offsets),
-        **{name: list(column) for name, column in zip(_COLUMNS, columns, strict=True)},  # type: ignore[arg-type]
+        **dict(zip(_COLUMNS, columns, strict=True)),
     )
 
 
 def matching_sends(program: Program) -> dict[tuple[int, int], tuple[int, int]]:
-    """For each receive (rank, row), the send (rank, row) that it gets: the same stage border and microbatch."""
+    """For each receive (rank, row), the send (rank, row) across the same border for its microbatch."""
     sends: dict[tuple[Kind, int, int, int, int], tuple[int, int]] = {}
     for rank in range(program.num_ranks):
         for index, row in enumerate(rows(program, rank)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from attrs import cmp_using, field, frozen
@@ -32,7 +33,7 @@ from picotron.planner.program import (
 
 STREAMS = ("compute", "send", "receive", "collective")
 
-_array = field(eq=cmp_using(eq=np.array_equal), repr=False)
+_array: Any = field(eq=cmp_using(eq=np.array_equal), repr=False)
 
 
 @frozen(kw_only=True)

@@ -10,6 +10,7 @@ MoE Parallel Folding, arXiv:2504.14960.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from attrs import Attribute, field, frozen
@@ -35,6 +36,10 @@ def _degree(instance: object, attribute: Attribute[int], value: int) -> None:
         raise PlanError(f"{attribute.name} must be a positive whole number, got {value!r}")
 
 
+def _words(value: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value)
+
+
 @frozen(kw_only=True)
 class Topology:
     """Parallel degrees, in ranks along each axis, and the order in which ranks run through them."""
@@ -45,7 +50,7 @@ class Topology:
     tp: int = field(default=1, validator=_degree)
     ep: int = field(default=1, validator=_degree)
     etp: int = field(default=1, validator=_degree)
-    order: tuple[str, ...] = field(default=AXES, converter=tuple)
+    order: tuple[str, ...] = field(default=AXES, converter=_words)
 
     @order.validator
     def _order_and_experts(self, _: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
@@ -91,11 +96,13 @@ def coordinate(topology: Topology, rank: int) -> Coordinate:
     """Where ``rank`` sits. Raises PlanError outside [0, world_size)."""
     if not 0 <= rank < topology.world_size:
         raise PlanError(f"rank must be in [0, {topology.world_size}), got {rank!r}")
-    dense = dict(zip(topology.order, np.unravel_index(rank, degrees(topology)), strict=True))
-    position = stage_ranks(topology, int(dense["pp"])).index(rank)
-    expert_sizes = (topology.edp, topology.ep, topology.etp)
-    experts = dict(zip(EXPERT_AXES, np.unravel_index(position, expert_sizes), strict=True))
-    return Coordinate(**{axis: int(index) for axis, index in {**dense, **experts}.items()})
+    dense = _unravel(rank, topology.order, degrees(topology))
+    within = [axis for axis in topology.order if axis != "pp"]
+    position = 0
+    for axis in within:
+        position = position * getattr(topology, axis) + dense[axis]
+    experts = _unravel(position, EXPERT_AXES, (topology.edp, topology.ep, topology.etp))
+    return Coordinate(**dense, **experts)
 
 
 def rank_of(topology: Topology, where: Coordinate) -> int:
@@ -154,6 +161,14 @@ def stage_ranks(topology: Topology, stage: int) -> tuple[int, ...]:
     """Ascending ranks at pipeline coordinate ``stage``."""
     grid = _grouped(np.arange(topology.world_size), degrees(topology), topology.order, ("dp", "cp", "tp"))
     return grid[stage]
+
+
+def _unravel(index: int, names: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, int]:
+    """The index along each axis of the ``index``-th cell of a row-major grid."""
+    found = {}
+    for name, size in zip(reversed(names), reversed(sizes), strict=True):
+        index, found[name] = divmod(index, size)
+    return found
 
 
 def _grouped(

@@ -40,10 +40,8 @@ class Comparison:
             (line.quantity, line.predicted, line.measured, line.verdict, line.remark) for line in self.lines
         ]
         widths = [max(len(row[column]) for row in cells) for column in range(4)]
-        drawn = [
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:<{widths[3]}}  {row[4]}"
-            for row in cells
-        ]
+        align = "<>><"
+        drawn = ["  ".join([*(f"{row[i]:{align[i]}{widths[i]}}" for i in range(4)), row[4]]) for row in cells]
         return "\n".join(line.rstrip() for line in (drawn[0], "-" * len(drawn[0].rstrip()), *drawn[1:]))
 
 
@@ -135,7 +133,10 @@ def _memory(prediction: Prediction, measurement: Measurement) -> list[Line]:
 
 
 def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
-    predicted_cpu, measured_cpu = sum(prediction.compute_seconds_by_rank), sum(measurement.cpu_seconds_by_rank)
+    predicted_cpu, measured_cpu = (
+        sum(prediction.compute_seconds_by_rank),
+        sum(measurement.cpu_seconds_by_rank),
+    )
     steps = measurement.seconds[1:] or measurement.seconds
     lines = []
     if measurement.plan.cluster.device.kind == "cpu":
@@ -148,7 +149,11 @@ def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
                 remark=f"estimate for {measurement.plan.cluster.name}",
             )
         )
-    clock = "virtual time: a core for each rank, transfers free" if measurement.clock == "virtual" else "host clock"
+    clock = (
+        "virtual time: a core for each rank, transfers free"
+        if measurement.clock == "virtual"
+        else "host clock"
+    )
     lines.append(
         Line(
             quantity="step time",

@@ -113,7 +113,7 @@ def collate(samples: Sequence[np.ndarray], seq_len: int) -> HostBatch:
 def step_batches(
     plan: TrainingPlan, dataset: Dataset, *, consumed: int, dp_index: int
 ) -> tuple[HostBatch, ...]:
-    """This data-parallel rank's microbatches of the step that starts after ``consumed`` samples."""
+    """One data-parallel rank's microbatches of the step that starts after ``consumed`` samples."""
     work = plan.workload
     order = sample_indices(
         num_samples=len(dataset), consumed=consumed, count=work.global_batch, seed=work.seed

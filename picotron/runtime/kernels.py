@@ -7,10 +7,12 @@ Norms and rotations work in place on what they own.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
+
+from picotron.planner.model import RopeScaling
 
 
 class Norm(Protocol):
@@ -97,26 +99,26 @@ class LayerNorm:
 
 
 def rotary_tables(
-    positions: torch.Tensor, head_dim: int, theta: float, scaling: Any, dtype: torch.dtype
+    positions: torch.Tensor, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [s, 1, d/2] of each position (Su et al. 2021, RoFormer, arXiv:2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).to(torch.float32)
-    frequencies = 1.0 / theta ** (exponent / head_dim)
+    frequencies: torch.Tensor = 1.0 / torch.pow(theta, exponent / head_dim)
     if scaling is not None:
         frequencies = scaled_frequencies(frequencies, scaling)
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 
-def scaled_frequencies(frequencies: torch.Tensor, scaling: Any) -> torch.Tensor:
+def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Frequencies stretched for longer contexts: linear, or by wavelength as Llama 3.1 does."""
     if scaling.kind == "linear":
-        return frequencies / scaling.factor
+        return frequencies / float(scaling.factor)
     wavelengths = 2 * torch.pi / frequencies
     turns = scaling.original_max_positions / wavelengths
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = share.clamp(0.0, 1.0)
-    return (1 - share) * frequencies / scaling.factor + share * frequencies
+    return (1 - share) * frequencies / float(scaling.factor) + share * frequencies
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwards: bool = False) -> None:
@@ -138,8 +140,9 @@ class Attention:
         """Q [batch, s, heads, d]; k and v [batch, s, kv heads, d]."""
         self.leaves = [part.transpose(1, 2).detach().requires_grad_() for part in (q, k, v)]
         with torch.enable_grad():
-            self.out = F.scaled_dot_product_attention(
-                *self.leaves, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+            query, key, value = self.leaves
+            self.out = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
             )
 
     def context(self) -> torch.Tensor:

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts live storage bytes while active; ``peak_bytes`` is the most since ``restart_peak``."""
 
     def __init__(self, standing: Iterable[torch.Tensor] = ()) -> None:
         """``standing``: tensors that live already and are to be counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}

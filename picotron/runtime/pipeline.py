@@ -123,7 +123,7 @@ class Session:
         for bucket in self.plan.stage_buckets[self.where.pp]:
             sizes = [self.weights[name].numel() for name in bucket.names]
             buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.backend.device)
-            for name, part in zip(bucket.names, buffer.split(sizes), strict=True):
+            for name, part in zip(bucket.names, torch.split(buffer, sizes), strict=True):
                 views[name] = part.view(self.weights[name].shape)
             flat.append(buffer)
         return flat, views

@@ -31,8 +31,8 @@ class Measurement:
 
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (CPU seconds of each rank as if it had a
     core of its own, transfers free) or "host". ``payload_bytes_by_rank`` and ``memory`` have the types that
-    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order. ``cpu_seconds_by_rank`` is a
-    typical step: the median of those that were not the first or measured.
+    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order. The CPU seconds are of a
+    typical step: the median of those that were neither the first nor measured.
     """
 
     plan: TrainingPlan = field(repr=False)
@@ -105,7 +105,8 @@ def run(
         )
 
     if isinstance(backend, str):
-        return on_backend(backend, rank_main, plan.topology.world_size, seed=seed)
+        measurement: Measurement = on_backend(backend, rank_main, plan.topology.world_size, seed=seed)
+        return measurement
     return rank_main(backend)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from attrs import define
+from torch.nn import functional
 
 from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
@@ -130,16 +130,16 @@ class Embedding(SegmentRunner):
         ids = microbatch.token_ids()
         context = self.context
         if self.dims.tp == 1:
-            full = F.embedding(ids, self.w[self.table])
+            full = functional.embedding(ids, self.w[self.table])
         else:
             local, outside = vocabulary_slice(ids, *context.vocabulary)
-            full = F.embedding(local, self.w[self.table])
+            full = functional.embedding(local, self.w[self.table])
             full.masked_fill_(outside.unsqueeze(1), 0)
             del local, outside
         y = context.reduce(full)
         del full
         if context.positions is not None:
-            y.add_(F.embedding(context.positions, self.w["wpe.weight"]))
+            y.add_(functional.embedding(context.positions, self.w["wpe.weight"]))
         return y, {"ids": ids}
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,8 @@ class SplitAttention(SegmentRunner):
         source = self._normed(x, saved)
         parts = {
             name: self._by_head(
-                name, F.linear(source, self.w[f"{name}_proj.weight"], self.w.get(f"{name}_proj.bias"))
+                name,
+                functional.linear(source, self.w[f"{name}_proj.weight"], self.w.get(f"{name}_proj.bias")),
             )
             for name in ("q", "k", "v")
         }
@@ -263,9 +264,7 @@ class FusedAttention(SegmentRunner):
 
 
 def _fused_input_backward(segment: SegmentRunner, name: str, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
-    """Backward of ``norm(x) @ weight + bias`` in Conv1D orientation from ``saved["gradient"]``, and of the
-    residual.
-    """
+    """Backward of the residual and of ``norm(x) @ weight + bias``, whose gradient is in ``saved``."""
     gradient = saved.pop("gradient")
     source = segment._normed_again(saved)
     segment.d[f"{name}.weight"].addmm_(source.t(), gradient)
@@ -286,11 +285,11 @@ class GatedMlp(SegmentRunner):
         """(y, saved)."""
         saved: Saved = {}
         source = self._normed(x, saved)
-        gate = F.linear(source, self.w["gate_proj.weight"], self.w.get("gate_proj.bias"))
-        up = F.linear(source, self.w["up_proj.weight"], self.w.get("up_proj.bias"))
+        gate = functional.linear(source, self.w["gate_proj.weight"], self.w.get("gate_proj.bias"))
+        up = functional.linear(source, self.w["up_proj.weight"], self.w.get("up_proj.bias"))
         del source
         saved.update(gate=gate, up=up)
-        product = F.silu(gate).mul_(up)
+        product = functional.silu(gate).mul_(up)
         full = torch.mm(product, self.w["down_proj.weight"].t())
         del product
         y = self.context.reduce(full)
@@ -302,7 +301,7 @@ class GatedMlp(SegmentRunner):
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
         gate, up = saved.pop("gate"), saved.pop("up")
-        active = F.silu(gate)
+        active = functional.silu(gate)
         product = active * up
         self._add_bias_gradient("down_proj.bias", dy)
         full = self.context.gather(dy)
@@ -337,7 +336,7 @@ class PlainMlp(SegmentRunner):
         fc = torch.addmm(self.w["c_fc.bias"], source, self.w["c_fc.weight"])
         del source
         saved["fc"] = fc
-        active = F.gelu(fc, approximate="tanh")
+        active = functional.gelu(fc, approximate="tanh")
         full = torch.mm(active, self.w["c_proj.weight"])
         del active
         y = self.context.reduce(full)
@@ -347,7 +346,7 @@ class PlainMlp(SegmentRunner):
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
         fc = saved.pop("fc")
-        active = F.gelu(fc, approximate="tanh")
+        active = functional.gelu(fc, approximate="tanh")
         self._add_bias_gradient("c_proj.bias", dy)
         full = self.context.gather(dy)
         self.d["c_proj.weight"].addmm_(active.t(), full)
@@ -375,7 +374,7 @@ class Head(SegmentRunner):
         self.weight, self.weight_gradient = context.weights[name], context.gradients[name]
 
     def logits(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
-        """This rank's slice of the logits, [T, vocabulary / tp]."""
+        """The rank's slice of the logits, [T, vocabulary / tp]."""
         source = self._normed(x, saved)
         return torch.mm(source, self.weight.t())
 

@@ -15,7 +15,7 @@ def group_names(plan: TrainingPlan) -> tuple[str, ...]:
 
 
 def open_groups(plan: TrainingPlan, backend: Backend) -> dict[str, Group]:
-    """This rank's communicator of each kind; a kind whose groups are single ranks is left out.
+    """The rank's communicator of each kind; a kind whose groups are single ranks is left out.
 
     Creating a group is collective: every rank opens every group, in plan order.
     """

@@ -47,7 +47,9 @@ def new_run_folder(parent: str | Path, name: str) -> Path:
 def open_run_folder(folder: Path) -> None:
     """Make ``folder`` ready for a run. Raises PlanError if it holds one or cannot be written."""
     if (folder / "plan.json").exists():
-        raise PlanError(f"a run needs a folder of its own, got {str(folder)!r}, which holds one; name another")
+        raise PlanError(
+            f"a run needs a folder of its own, got {str(folder)!r}, which holds one; name another"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights").mkdir(exist_ok=True)
@@ -182,7 +184,9 @@ class _Keeper:
 
     def write_measurement(self, measurement: Measurement) -> None:
         """The measured step as a Chrome trace, and the whole measurement."""
-        text = json.dumps(measurement_data(measurement), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(
+            measurement_data(measurement), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
         write_text(self.folder / "measurement.json", text + "\n", "a measurement")
         write_text(self.folder / "timeline.json", measured_trace(measurement), "a trace")
 

@@ -66,7 +66,8 @@ def _files_by_name(path: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), single)
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise PlanError(
-            f"weights must be a .safetensors file or a folder with {SINGLE} or {INDEX}, got {str(path)!r}: {error}"
+            f"weights must be a .safetensors file or a folder with {SINGLE} or {INDEX}, "
+            f"got {str(path)!r}: {error}"
         ) from None
 
 
