@@ -266,12 +266,8 @@ def _program(per_rank: list[list[Row]], names: list[str]) -> Program:
     for own in per_rank:
         offsets.append(offsets[-1] + len(own))
     every = [row for own in per_rank for row in own]
-    columns = zip(*every, strict=True)
-    return Program(
-        groups=tuple(names),
-        offsets=tuple(offsets),
-        **dict(zip(_COLUMNS, columns, strict=True)),
-    )
+    columns: dict[str, Any] = dict(zip(_COLUMNS, zip(*every, strict=True), strict=True))
+    return Program(groups=tuple(names), offsets=tuple(offsets), **columns)
 
 
 def matching_sends(program: Program) -> dict[tuple[int, int], tuple[int, int]]:

@@ -83,7 +83,6 @@ def simulate(
     except BaseException as interrupt:
         scheduler.stop(interrupt)
     finally:
-        ended.wait()
         conductor.join()
         torch.set_num_threads(intra_op_threads)  # what threads to come start from is one setting for all
         torch.set_rng_state(random_state)

@@ -79,7 +79,7 @@ def test_transfers_name_their_peer_and_bytes() -> None:
         if row.kind in (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B)
     ]
     assert found == [
-        ("0SEND_F0", 1, 100), ("0RECV_B0", 1, 100), ("1RECV_F0", 0, 100), ("1SEND_B0", 0, 100),
+        ("0RECV_B0", 1, 100), ("0SEND_F0", 1, 100), ("1RECV_F0", 0, 100), ("1SEND_B0", 0, 100),
     ]  # fmt: skip
 
 
@@ -184,10 +184,19 @@ def test_a_circle_is_refused() -> None:
 
 
 def test_a_send_that_ends_only_when_received_can_close_a_circle() -> None:
-    """Rank 0 must hand over F0 before F1, rank 1 posts F0 only after B1, which needs F1: never."""
-    circle = schedule_from_csv("0F0,0F1,0F2,0B2,0B1,0B0\n1F2,1B2,1F1,1B1,1F0,1B0\n")
-    with pytest.raises(PlanError, match="wait for each other"):
-        _lower(circle)
+    """Rank 0 runs six forwards before it posts B0, rank 1 sends B0 before it posts F3: five are few enough."""
+    for m in (5, 6):
+        schedule = Schedule(
+            name="mixed",
+            num_microbatches=m,
+            stage_ranks=(0, 1),
+            orders=(afab(2, m).orders[0], one_f_one_b(2, m).orders[1]),
+        )
+        if m == 5:
+            _lower(schedule)
+            continue
+        with pytest.raises(PlanError, match="rank 0 at 0WAIT3 of 0SEND_F3; rank 1 at 1WAIT0 of 1SEND_B0"):
+            _lower(schedule)
 
 
 @pytest.mark.xfail(strict=True, reason="lower accepts it, and the runtime's ordered channels mix them up")

@@ -93,7 +93,7 @@ def tiny_workload(**changes: Any) -> Workload:
         "seq_len": 8,
         "precision": "fp64",
         "optimizer": "sgd",
-        "learning_rate": 0.02,
+        "learning_rate": 0.01,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
     }

@@ -603,21 +603,23 @@ def test_groups_must_agree() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_exception_is_raised_as_it_is(seed: int) -> None:
     """The original one with its rank in a note; ranks that wait, and ranks yet to communicate, end."""
-    ended = []
+    told = []
 
     def program(backend: Backend) -> None:
+        if backend.rank == 1:
+            raise KeyError("lost")
         try:
-            if backend.rank == 1:
-                raise KeyError("lost")
             while True:
                 backend.barrier()
+        except Exception as error:
+            told.append(error)
         finally:
-            ended.append(backend.rank)
+            raise RuntimeError("a second failure, while cleaning up")
 
     with pytest.raises(KeyError, match="lost") as caught:
         simulate(program, 4, seed=seed)
     assert caught.value.__notes__ == ["raised on simulated rank 1 of 4"]
-    assert 1 in ended  # ranks that had not begun never do
+    assert told == []
 
 
 def test_abort_ends_the_others() -> None:
@@ -752,6 +754,19 @@ def test_virtual_clocks_run_in_parallel() -> None:
     for clock_seconds, cpu_seconds in simulate(program, 4):
         assert 0.03 <= clock_seconds < 0.05
         assert 0.03 <= cpu_seconds < 0.05
+
+
+def test_a_collective_ends_when_its_last_member_comes() -> None:
+    """One rank is 30 ms late, and all have its time afterwards."""
+
+    def program(backend: Backend) -> float:
+        if backend.rank == 1:
+            burn(0.03)
+        backend.all_reduce(torch.ones(1), world(backend)).wait()
+        return backend.mark()
+
+    for seed in range(3):
+        assert all(0.03 <= seconds < 0.05 for seconds in simulate(program, 3, seed=seed))
 
 
 def test_a_receive_ends_no_earlier_than_its_send() -> None:
