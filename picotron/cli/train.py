@@ -96,7 +96,7 @@ def _execute(arguments: argparse.Namespace) -> None:
         raise PlanError("under torchrun every rank must have the same plan, got none; name a plan's file")
     _check_torch()
     from picotron.runtime.compare import compare
-    from picotron.runtime.train import new_run_folder, train
+    from picotron.runtime.train import check_request, new_run_folder, train
     from picotron.runtime.weights import saved_weights
 
     first = int(os.environ.get("RANK", "0")) == 0
@@ -106,6 +106,17 @@ def _execute(arguments: argparse.Namespace) -> None:
     chosen = default_plan() if arguments.plan is None else read_plan(arguments.plan)
     dataset = _dataset(arguments.data, chosen.workload.seq_len)
     folder = Path(arguments.out) if arguments.out else new_run_folder("runs", chosen.model.name)
+    backend = chosen_backend(arguments.backend)
+    weights = saved_weights(arguments.weights) if arguments.weights else None
+    if first:
+        check_request(
+            chosen,
+            dataset,
+            folder,
+            steps=arguments.steps,
+            backend=backend,
+            save_every=arguments.save_every,
+        )
     if talk:
         write_out(str(chosen))
         write_out(f"\ntraining {arguments.steps} steps into {folder} ...")
@@ -114,9 +125,9 @@ def _execute(arguments: argparse.Namespace) -> None:
         dataset,
         folder,
         steps=arguments.steps,
-        backend=chosen_backend(arguments.backend),
+        backend=backend,
         save_every=arguments.save_every,
-        weights=saved_weights(arguments.weights) if arguments.weights else None,
+        weights=weights,
         report=_progress(arguments.steps) if talk else None,
         seed=arguments.seed,
     )

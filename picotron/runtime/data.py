@@ -55,7 +55,7 @@ def byte_text(path: str | Path, seq_len: int, *, limit_bytes: int | None = None)
     """
     root = Path(path)
     if not root.exists():
-        raise PlanError(f"the data path must exist, got {str(path)!r}")
+        raise PlanError(f"the data path must exist, got {str(path)!r}; name a text file or a folder of them")
     chunks, total = [], 0
     for file in [root] if root.is_file() else _text_files(root):
         try:
@@ -67,7 +67,10 @@ def byte_text(path: str | Path, seq_len: int, *, limit_bytes: int | None = None)
             break
     data = np.frombuffer(b"".join(chunks)[:limit_bytes], dtype=np.uint8)
     if len(data) < 2:
-        raise PlanError(f"the data must hold at least two bytes of text, got {len(data)} in {str(path)!r}")
+        raise PlanError(
+            f"the data must hold at least two bytes of text, got {len(data)} in {str(path)!r}; "
+            f"a folder is searched for {', '.join(TEXT_SUFFIXES)}"
+        )
     return ByteText(data, seq_len)
 
 

@@ -81,17 +81,22 @@ class _Walk:
     memory: list[tuple[int, int, int, int]]
 
 
+def check_world(plan: TrainingPlan, backend: Backend) -> None:
+    """Raise ExecutionError unless ``backend`` has the ranks that ``plan`` needs."""
+    if backend.world_size != plan.topology.world_size:
+        raise ExecutionError(
+            f"the plan needs {plan.topology.world_size} ranks, got a world of {backend.world_size}; "
+            f"launch {plan.topology.world_size} processes or plan again",
+            rank=backend.rank,
+        )
+
+
 class Session:
     """One rank's part of a plan, opened on a backend."""
 
     def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
         """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
-        if backend.world_size != plan.topology.world_size:
-            raise ExecutionError(
-                f"the plan needs {plan.topology.world_size} ranks, got a world of {backend.world_size}; "
-                f"launch {plan.topology.world_size} processes or plan again",
-                rank=backend.rank,
-            )
+        check_world(plan, backend)
         self.plan, self.backend = plan, backend
         self.where = coordinate(plan.topology, backend.rank)
         self.program = plan.program(self.where.tp)

@@ -26,7 +26,7 @@ from picotron.planner.topology import coordinate
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset
 from picotron.runtime.layout import WeightSource
-from picotron.runtime.pipeline import LossError, Session, StepResult
+from picotron.runtime.pipeline import LossError, Session, StepResult, check_world
 from picotron.runtime.record import measurement_data
 from picotron.runtime.run import Measurement, check_data, check_runnable, on_backend, run_rank
 from picotron.runtime.weights import save_weights
@@ -46,15 +46,37 @@ def new_run_folder(parent: str | Path, name: str) -> Path:
 
 def open_run_folder(folder: Path) -> None:
     """Make ``folder`` ready for a run. Raises PlanError if it holds one or cannot be written."""
-    if (folder / "plan.json").exists():
-        raise PlanError(
-            f"a run needs a folder of its own, got {str(folder)!r}, which holds one; name another"
-        )
+    _check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights").mkdir(exist_ok=True)
     except OSError as error:
         raise PlanError(f"the run folder must be writable, got {str(folder)!r}: {error.strerror}") from None
+
+
+def check_request(
+    plan: TrainingPlan,
+    dataset: Dataset,
+    folder: str | Path,
+    *,
+    steps: int,
+    backend: str = "simulated",
+    save_every: int = 0,
+) -> None:
+    """Raise PlanError for a run that cannot start; nothing is written."""
+    check_runnable(plan, backend)
+    check_data(plan, dataset)
+    for name, value, least in (("steps", steps, 1), ("save_every", save_every, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    _check_free(Path(folder))
+
+
+def _check_free(folder: Path) -> None:
+    if (folder / "plan.json").exists():
+        raise PlanError(
+            f"a run needs a folder of its own, got {str(folder)!r}, which holds one; name another"
+        )
 
 
 def train(
@@ -75,11 +97,7 @@ def train(
     LossError after the last good weights have been saved. Raises PlanError before anything runs for a plan,
     data or folder that will not do.
     """
-    check_runnable(plan, backend)
-    check_data(plan, dataset)
-    for name, value, least in (("steps", steps, 1), ("save_every", save_every, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
 
     def rank_main(world: Backend) -> Measurement | None:
         return _train_rank(plan, world, dataset, Path(folder), steps, save_every, weights, report)
@@ -98,6 +116,7 @@ def _train_rank(
     weights: WeightSource | None,
     report: Report | None,
 ) -> Measurement | None:
+    check_world(plan, backend)
     keeper = _Keeper(folder, plan, steps, save_every, report)
     first = backend.rank == 0
     refusals = backend.gather_objects(keeper.open() if first else None)

@@ -70,6 +70,7 @@ DEEPSEEK = LLAMA | {
     "routed_scaling_factor": 2.5,
 }
 DEEPSEEK.pop("head_dim")
+CUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]  # tp, sequence parallel
 FAMILIES = {
     "llama": LLAMA,
     "qwen2": LLAMA | {"model_type": "qwen2"},
@@ -120,13 +121,10 @@ def test_tokens_that_cannot_be_cut_are_refused() -> None:
         _dims(model, Topology(tp=4), seq_len=3, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("tp", "sequence_parallel"), CUTS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_forward_flops_are_those_of_the_model(family: str, tp: int, sequence_parallel: bool) -> None:
     """Segment by segment, a rank's forward FLOPs are the model's products with causal attention."""
-    if sequence_parallel and tp == 1:
-        pytest.skip("there is no sequence parallelism on one rank")
     model = ModelSpec.from_hf(FAMILIES[family])
     forward, _ = _bodies(FAMILIES[family], Topology(tp=tp), sequence_parallel=sequence_parallel)
     for segment, body in zip(segments(model), forward.segments, strict=True):
@@ -190,7 +188,11 @@ def test_no_collectives_on_one_rank(family: str) -> None:
 
 def _kinds(body: Body, layer: int) -> Counter[str]:
     return Counter(
-        op.kind for s in body.segments if s.name.endswith(f" {layer}") for op in s.collectives if op.group == "tp"
+        op.kind
+        for s in body.segments
+        if s.name.endswith(f" {layer}")
+        for op in s.collectives
+        if op.group == "tp"
     )
 
 
@@ -246,14 +248,11 @@ def _live_after(bodies: tuple[Body, ...], live: set[Tensor]) -> set[Tensor]:
     return live
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("tp", "sequence_parallel"), CUTS)
 @pytest.mark.parametrize("itemsize", [2, 8])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_tensor_is_freed_once(family: str, tp: int, itemsize: int, sequence_parallel: bool) -> None:
     """From first to last segment, F and B leave nothing behind and free nothing twice."""
-    if sequence_parallel and tp == 1:
-        pytest.skip("there is no sequence parallelism on one rank")
     bodies = _bodies(
         FAMILIES[family], Topology(tp=tp), sequence_parallel=sequence_parallel, itemsize=itemsize
     )

@@ -21,7 +21,6 @@ from picotron.planner.program import (
 )
 
 
-
 def _bucket(stage: int, index: int, partial: tuple[str, ...], ready: int) -> Bucket:
     return Bucket(stage=stage, index=index, names=(f"w{index}",), partial=partial, ready_segment=ready)
 

@@ -1,0 +1,205 @@
+"""Plain PyTorch, as a good practitioner would write it: what Picotron's runtime is measured against.
+
+A Llama decoder of stock modules trained by autograd, fused attention and fused AdamW. Parameters bear their
+Hugging Face names, so that both sides start from the same weights. Nothing of Picotron's runtime is used
+but its first weights and its memory tracker, which watches both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from picotron.planner.model import ModelSpec
+from picotron.planner.plan import TrainingPlan, Workload
+from picotron.runtime.data import HostBatch
+from picotron.runtime.layout import initial_weights
+from picotron.runtime.memory import MemoryTracker
+
+
+def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """The rotation of x [batch, heads, s, d] by its positions; tables are [s, d/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.head_dim, self.shared = spec.head_dim, spec.num_heads != spec.num_kv_heads
+        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(spec.hidden_size, key, bias=False)
+        self.v_proj = nn.Linear(spec.hidden_size, key, bias=False)
+        self.o_proj = nn.Linear(query, spec.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """X [batch, s, hidden]."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotated(q, cosine, sine), rotated(k, cosine, sine)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shared)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """silu(gate) * up, then down."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [batch, s, hidden]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each after a norm and around a residual."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.mlp = Mlp(spec)
+
+    def forward(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """X [batch, s, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), cosine, sine)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    def __init__(self, spec: ModelSpec, seq_len: int) -> None:
+        super().__init__()
+        assert spec.rope_theta is not None, "the peer is a Llama"
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        frequencies = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2) / spec.head_dim)
+        angles = torch.outer(torch.arange(seq_len), frequencies)
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, s, hidden] of ids [batch, s]."""
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, self.cosine, self.sine)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The mean loss of a batch."""
+
+    def __init__(self, spec: ModelSpec, seq_len: int) -> None:
+        super().__init__()
+        self.model = Decoder(spec, seq_len)
+        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of ``targets`` [batch, s] after ``ids`` [batch, s]."""
+        logits = self.lm_head(self.model(ids))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def llama(plan: TrainingPlan) -> Llama:
+    """The plan's model with the plan's first weights."""
+    module, draw = Llama(plan.model, plan.workload.seq_len), initial_weights(plan)
+    module.load_state_dict({placement.name: draw(placement) for placement in plan.layout})
+    return module
+
+
+def adamw(module: nn.Module, work: Workload) -> torch.optim.AdamW:
+    """The workload's optimizer; matrices alone decay."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": work.weight_decay},
+        {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=work.learning_rate, betas=(work.beta1, work.beta2), fused=True)
+
+
+class PlainTrainer:
+    """One process; microbatches accumulate their gradients."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        module = llama(plan)
+        self.module: nn.Module = self._wrapped(module)
+        self.optimizer = adamw(module, plan.workload)
+
+    def _wrapped(self, module: Llama) -> nn.Module:
+        return module
+
+    def _backward_scope(self, *, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def step(self, batches: Sequence[HostBatch]) -> float:
+        """The mean loss of one step over ``batches``, all labels of which count."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for index, batch in enumerate(batches):
+            ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
+            with self._backward_scope(last=index == len(batches) - 1):
+                loss = self.module(ids, targets) / len(batches)
+                loss.backward()
+            total += loss.detach()
+        self.optimizer.step()
+        return total.item()
+
+    def measured_step(self, batches: Sequence[HostBatch]) -> tuple[float, int]:
+        """A step's loss and its peak of live bytes."""
+        tracker = MemoryTracker(self._standing_tensors())
+        with tracker:
+            loss = self.step(batches)
+        return loss, tracker.peak_bytes
+
+    def _standing_tensors(self) -> Iterable[torch.Tensor]:
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        yield from self.module.buffers()
+        for parameter in self.module.parameters():
+            yield parameter.detach()
+            if parameter.grad is not None:
+                yield parameter.grad
+
+
+class DdpTrainer(PlainTrainer):
+    """DistributedDataParallel over gloo, which reduces in the last microbatch; gradients live in its buckets.
+
+    The process finds torchrun's variables in its environment.
+    """
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        dist.init_process_group("gloo")
+        super().__init__(plan)
+
+    def _wrapped(self, module: Llama) -> nn.Module:
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+    def _backward_scope(self, *, last: bool) -> AbstractContextManager[object]:
+        assert isinstance(self.module, DistributedDataParallel)
+        return nullcontext() if last else self.module.no_sync()
+
+    def step(self, batches: Sequence[HostBatch]) -> float:
+        """The mean loss over all ranks' batches."""
+        loss = torch.tensor(super().step(batches))
+        dist.all_reduce(loss)
+        return loss.item() / dist.get_world_size()
