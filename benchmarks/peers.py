@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 from torch.nn.parallel import DistributedDataParallel
 
 from picotron.planner.model import ModelSpec
@@ -48,7 +48,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotated(q, cosine, sine), rotated(k, cosine, sine)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shared)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shared)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -63,7 +63,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [batch, s, hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -118,7 +118,7 @@ class Llama(nn.Module):
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of ``targets`` [batch, s] after ``ids`` [batch, s]."""
         logits = self.lm_head(self.model(ids))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def llama(plan: TrainingPlan) -> Llama:

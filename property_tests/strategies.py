@@ -170,8 +170,10 @@ def models(families: tuple[str, ...] = DENSE, max_layers: int = 4) -> st.SearchS
 
 
 @st.composite
-def plans(draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE) -> TrainingPlan:
-    """A valid plan of a small model on up to ``max_ranks`` ranks; the simplest is one rank."""
+def requests(
+    draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE
+) -> tuple[tuple[ModelSpec, ClusterSpec, Workload], dict[str, Any]]:
+    """What ``plan`` can be asked for: its arguments, for a small model on up to ``max_ranks`` ranks."""
     model = draw(models(families))
     tp = draw(st.sampled_from(divisors(model.num_heads, max_ranks)))
     pp = draw(st.integers(1, min(model.num_layers, max_ranks // tp)))
@@ -181,27 +183,31 @@ def plans(draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE
     seq_len = cp * draw(st.integers(1, 6))
     can_cut = tp > 1 and micro_batch * seq_len // cp % tp == 0
     ep, etp = draw(_expert_degrees(model, dp * cp * tp))
-    return plan(
-        model,
-        draw(_clusters(pp * dp * cp * tp)),
-        Workload(
-            global_batch=dp * micro_batch * num_microbatches,
-            seq_len=seq_len,
-            precision=draw(st.sampled_from(["bf16", "fp32", "fp64"])),
-            optimizer=draw(st.sampled_from(["adamw", "sgd"])),
-        ),
-        dp=dp,
-        pp=pp,
-        cp=cp,
-        tp=tp,
-        ep=ep,
-        etp=etp,
-        order=tuple(draw(st.permutations(AXES))),
-        schedule=draw(st.sampled_from(sorted(SCHEDULES)) | warmups(pp, num_microbatches)),
-        micro_batch=micro_batch,
-        sequence_parallel=draw(st.sampled_from([None, False, True] if can_cut else [None, False])),
-        bucket_bytes=draw(st.sampled_from([1, 300, 2000, 2**30])),
+    work = Workload(
+        global_batch=dp * micro_batch * num_microbatches,
+        seq_len=seq_len,
+        precision=draw(st.sampled_from(["bf16", "fp32", "fp64"])),
+        optimizer=draw(st.sampled_from(["adamw", "sgd"])),
     )
+    asked = {
+        "dp": draw(st.sampled_from([dp, None])),
+        "pp": pp,
+        "cp": cp,
+        "tp": tp,
+        "ep": ep,
+        "etp": etp,
+        "order": tuple(draw(st.permutations(AXES))),
+        "schedule": draw(st.sampled_from(sorted(SCHEDULES)) | warmups(pp, num_microbatches)),
+        "micro_batch": micro_batch,
+        "sequence_parallel": draw(st.sampled_from([None, False, True] if can_cut else [None, False])),
+        "bucket_bytes": draw(st.sampled_from([1, 300, 2000, 2**30])),
+    }
+    return (model, draw(_clusters(pp * dp * cp * tp)), work), asked
+
+
+def plans(max_ranks: int = 8, families: tuple[str, ...] = DENSE) -> st.SearchStrategy[TrainingPlan]:
+    """A valid plan of a small model on up to ``max_ranks`` ranks; the simplest is one rank."""
+    return requests(max_ranks, families).map(lambda request: plan(*request[0], **request[1]))
 
 
 @st.composite

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picotron.runtime.backend import Backend, Handle
-from picotron.runtime.simulated import simulate, wait_cycle
+from picotron.runtime.scheduler import wait_cycle
+from picotron.runtime.simulated import simulate
 
 Rows = list[np.ndarray]  # one array a member, in group order
 

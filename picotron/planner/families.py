@@ -29,9 +29,8 @@ from picotron.planner.model import (
     LatentAttention,
     ModelSpec,
     RopeScaling,
-    is_positive,
-    is_size,
 )
+from picotron.planner.validators import is_positive, is_size
 
 Config = Mapping[str, Any]
 

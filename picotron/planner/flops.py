@@ -17,7 +17,8 @@ from typing import Literal, get_args
 from attrs import field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.model import Experts, LatentAttention, ModelSpec, Segment, SegmentKind, is_size
+from picotron.planner.model import Experts, LatentAttention, ModelSpec, Segment, SegmentKind
+from picotron.planner.validators import is_size
 
 AttentionCount = Literal["full", "causal"]
 

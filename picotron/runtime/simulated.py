@@ -25,18 +25,18 @@ global CPU generator is rank-local: each rank starts from a copy of the caller's
 from __future__ import annotations
 
 import pickle
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import frozen
 
 from picotron.errors import ExecutionError
+from picotron.runtime.arithmetic import ARITHMETIC
 from picotron.runtime.backend import (
     Backend,
     Capabilities,
@@ -51,13 +51,14 @@ from picotron.runtime.backend import (
     check_reduce_scatter,
     unseen,
 )
+from picotron.runtime.ledger import Collective, Ledger, Message, Part, Receive, disagreement
+from picotron.runtime.scheduler import Aborted, Operation, Scheduler, Task
 
 T = TypeVar("T")
 
 CAPABILITIES = Capabilities(name="simulated", virtual_time=True, fused_reduce_scatter=True)
 
 _CONTROL = -1  # the world's own communicator: barrier, gather_objects, new_group
-_SHOWN = 3  # absent ranks that a deadlock report describes per waiting rank
 
 
 def simulate(
@@ -119,7 +120,7 @@ def _run_rank(function: Callable[[Backend], T], backend: SimulatedBackend, resul
     try:
         if backend.scheduler.failure is None:
             results[backend.rank] = function(backend)
-    except _Aborted:
+    except Aborted:
         pass
     except BaseException as error:
         backend.abort(error)
@@ -134,276 +135,6 @@ def _timeout_error(scheduler: Scheduler, timeout_seconds: float | None) -> Execu
         for rank, wait in waits.items()
     )
     return ExecutionError(f"the simulation must end within {timeout_seconds} seconds, but {doing}")
-
-
-class _Aborted(BaseException):
-    """Ends a rank because another one failed; never leaves ``simulate``."""
-
-
-@define(eq=False)
-class Task:
-    """One rank as the scheduler sees it. ``turn`` is released to let it run."""
-
-    rank: int
-    turn: threading.Lock = field(factory=threading.Lock)
-    waiting_for: Operation | None = None
-    error: ExecutionError | None = None  # raised where it waits
-    finished: bool = False
-    clock_seconds: float = 0.0
-    started_cpu_seconds: float = 0.0
-    seen_cpu_seconds: float = 0.0  # thread CPU time up to which the clock has counted
-    random_state: torch.Tensor = field(factory=torch.get_rng_state)
-
-    def tick(self) -> None:
-        """Advance the clock by the CPU time spent since it was last looked at."""
-        now = time.thread_time()
-        self.clock_seconds += now - self.seen_cpu_seconds
-        self.seen_cpu_seconds = now
-
-    def skip(self) -> None:
-        """Leave the CPU time spent since the clock was last looked at off it."""
-        self.seen_cpu_seconds = time.thread_time()
-
-
-class Scheduler:
-    """Owner of the baton: who runs, who could, and what the others wait for.
-
-    Every method but ``stop`` is called by the rank that holds the baton.
-    """
-
-    def __init__(self, world_size: int, seed: int) -> None:
-        if world_size < 1:
-            raise ExecutionError(f"world_size must be at least 1, got {world_size}")
-        self.tasks = tuple(Task(rank) for rank in range(world_size))
-        self.failure: BaseException | None = None
-        self._random = random.Random(seed)
-        self._runnable: list[Task] = []
-        for task in self.tasks:
-            task.turn.acquire()
-
-    def start(self) -> None:
-        """Give the baton to the first rank."""
-        self._runnable = [task for task in self.tasks if not task.finished]
-        if (first := self._next()) is not None:
-            first.turn.release()
-
-    def enter(self, task: Task) -> None:
-        """Wait, on the rank's own new thread, for its first turn."""
-        task.turn.acquire()
-        torch.set_num_threads(1)
-        torch.set_rng_state(task.random_state)
-        task.started_cpu_seconds = task.seen_cpu_seconds = time.thread_time()
-
-    def leave(self, task: Task) -> None:
-        """Hand the baton over for good."""
-        task.finished = True
-        if (following := self._next()) is not None:
-            following.turn.release()
-
-    def wait(self, task: Task, operation: Operation) -> None:
-        """Return once ``operation`` is complete, having let others run if it was not."""
-        task.tick()
-        self.check_alive()
-        if operation.end_seconds is None and operation.problem is None:
-            task.waiting_for = operation
-            operation.waiting.append(task)
-            self._hand_over(task)
-            task.waiting_for = None
-            task.skip()
-        self._raise_errors(task, operation)
-        assert operation.end_seconds is not None
-        task.clock_seconds = max(task.clock_seconds, operation.end_seconds)
-
-    def wake(self, operation: Operation) -> None:
-        """Make those runnable who wait for ``operation``."""
-        self._runnable.extend(operation.waiting)
-        operation.waiting.clear()
-
-    def stop(self, error: BaseException) -> None:
-        """End every rank at its next communication; the first ``error`` is kept. Callable from any thread."""
-        if self.failure is None:
-            self.failure = error
-
-    def check_alive(self) -> None:
-        """Raise _Aborted if the world has failed."""
-        if self.failure is not None:
-            raise _Aborted
-
-    def _raise_errors(self, task: Task, operation: Operation) -> None:
-        if task.error is not None:
-            error, task.error = task.error, None
-            raise error
-        if operation.problem is not None:
-            raise ExecutionError(operation.problem, rank=task.rank, action=operation.describe())
-        self.check_alive()
-
-    def _hand_over(self, task: Task) -> None:
-        """Let another rank run; return when it is this one's turn again."""
-        following = self._next()
-        if following is task:  # it was woken by the report of a deadlock
-            return
-        assert following is not None, "a waiting rank is always woken"
-        task.random_state = torch.get_rng_state()
-        following.turn.release()
-        task.turn.acquire()
-        torch.set_rng_state(task.random_state)
-
-    def _next(self) -> Task | None:
-        """Who runs next; None if every rank has finished."""
-        if self.failure is not None:
-            self._wake_all()
-        if not self._runnable and any(not task.finished for task in self.tasks):
-            self._report_deadlock()
-        if not self._runnable:
-            return None
-        return self._runnable.pop(self._random.randrange(len(self._runnable)))
-
-    def _wake_all(self) -> list[Task]:
-        """Make every waiting rank runnable; returns those that were not yet."""
-        woken = [
-            task for task in self.tasks if task.waiting_for is not None and task in task.waiting_for.waiting
-        ]
-        for task in woken:
-            assert task.waiting_for is not None
-            task.waiting_for.waiting.remove(task)
-        self._runnable += woken
-        return woken
-
-    def _report_deadlock(self) -> None:
-        report = deadlock_report(self.tasks)
-        for task in self._wake_all():
-            assert task.waiting_for is not None
-            task.error = ExecutionError(report, rank=task.rank, action=task.waiting_for.describe())
-
-
-def deadlock_report(tasks: Sequence[Task]) -> str:
-    """Who waits for whom, when nobody can run: one line a waiting rank, then the cycle or who is gone."""
-    waits = {task.rank: task.waiting_for for task in tasks if task.waiting_for is not None}
-    absent = {rank: operation.absent() for rank, operation in waits.items()}
-    lines = ["deadlock: no rank can go on"]
-    for rank, operation in waits.items():
-        whom = [f"absent rank {r}, which {_doing(waits.get(r))}" for r in absent[rank][:_SHOWN]]
-        if len(absent[rank]) > _SHOWN:
-            whom.append(f"and {len(absent[rank]) - _SHOWN} more absent")
-        lines.append(f"rank {rank} waits for {operation.describe()}: {'; '.join(whom)}")
-    if cycle := wait_cycle(absent):
-        lines.append("wait-for cycle: " + " -> ".join(map(str, cycle)))
-    else:
-        gone = sorted({r for ranks in absent.values() for r in ranks if r not in waits})
-        lines.append(f"waited for, but finished: rank {', '.join(map(str, gone))}")
-    return "\n".join(lines)
-
-
-def _doing(operation: Operation | None) -> str:
-    return "has finished" if operation is None else f"waits for {operation.describe()}"
-
-
-def wait_cycle(absent: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
-    """A cycle, first rank repeated at its end, in the graph from rank to the ranks it waits for; or ().
-
-    >>> wait_cycle({0: (1,), 1: (2,), 2: (1,)})
-    (1, 2, 1)
-    >>> wait_cycle({0: (1,), 1: (2,)})
-    ()
-    """
-    edges = {rank: [r for r in ranks if r in absent] for rank, ranks in absent.items()}
-    while ends := {rank for rank, ranks in edges.items() if not ranks}:
-        edges = {
-            rank: [r for r in ranks if r not in ends] for rank, ranks in edges.items() if rank not in ends
-        }
-    if not edges:
-        return ()
-    path = [min(edges)]
-    while edges[path[-1]][0] not in path:
-        path.append(edges[path[-1]][0])
-    first = edges[path[-1]][0]
-    return (*path[path.index(first) :], first)
-
-
-@define(eq=False, kw_only=True)
-class Operation:
-    """Something a rank can wait for: complete once ``end_seconds`` is set, failed once ``problem`` is."""
-
-    number: int  # in its group, or on its channel
-    end_seconds: float | None = None
-    problem: str | None = None
-    waiting: list[Task] = field(factory=list)
-
-    def describe(self) -> str:
-        """As reports name it."""
-        raise NotImplementedError
-
-    def absent(self) -> tuple[int, ...]:
-        """The ranks whose part is missing."""
-        raise NotImplementedError
-
-
-@define(eq=False, kw_only=True)
-class Receive(Operation):
-    """A receive that was posted and has no message yet."""
-
-    sender: int
-    channel: str
-    tensor: torch.Tensor
-
-    def describe(self) -> str:
-        """As reports name it."""
-        return f"recv #{self.number} from rank {self.sender} on channel {self.channel!r}"
-
-    def absent(self) -> tuple[int, ...]:
-        """The sender."""
-        return (self.sender,)
-
-
-@frozen
-class Message:
-    """A send that was posted and has no receive yet."""
-
-    content: torch.Tensor
-    posted_seconds: float
-
-
-@frozen
-class Part:
-    """What one member brings to a collective: ``agreed`` is equal among them, ``arguments`` are its own."""
-
-    agreed: tuple[object, ...]
-    arguments: tuple[Any, ...]
-    posted_seconds: float
-
-
-@define(eq=False, kw_only=True)
-class Collective(Operation):
-    """The n-th collective of a group."""
-
-    group: Group
-    parts: dict[int, Part] = field(factory=dict)
-
-    def describe(self) -> str:
-        """As reports name it."""
-        kind = next(iter(self.parts.values())).agreed[0]
-        return f"{kind} #{self.number} in group {self.group}"
-
-    def absent(self) -> tuple[int, ...]:
-        """The members that have not posted it."""
-        return tuple(rank for rank in self.group.ranks if rank not in self.parts)
-
-    def in_group_order(self) -> list[tuple[Any, ...]]:
-        """Every member's arguments."""
-        return [self.parts[rank].arguments for rank in self.group.ranks]
-
-    def let_go(self) -> None:
-        """Drop the members' tensors: a late waiter must not keep another rank's memory alive."""
-        self.parts = {rank: evolve(part, arguments=()) for rank, part in self.parts.items()}
-
-
-@define(eq=False)
-class Ledger:
-    """What has been posted and not yet matched."""
-
-    collectives: dict[tuple[int, int], Collective] = field(factory=dict)  # by communicator and number
-    messages: dict[tuple[int, int, str], deque[Message]] = field(factory=dict)  # by sender, receiver, channel
-    receives: dict[tuple[int, int, str], deque[Receive]] = field(factory=dict)
 
 
 @frozen
@@ -574,7 +305,7 @@ class SimulatedBackend:
             first_rank, first = next(iter(collective.parts.items()), (self.rank, part))
             collective.parts[self.rank] = part
             if part.agreed != first.agreed:
-                self._fail(collective, _disagreement(group, first_rank, first, self.rank, part))
+                self._fail(collective, disagreement(group, first_rank, first, self.rank, part))
             elif not collective.absent() and collective.problem is None:
                 self._complete(collective, kind)
             if not collective.absent():
@@ -584,12 +315,12 @@ class SimulatedBackend:
         return SimulatedHandle(self.task, self.scheduler, collective)
 
     def _complete(self, collective: Collective, kind: str) -> None:
-        problem = _ARITHMETIC[kind](collective.in_group_order()) if kind in _ARITHMETIC else None
+        problem = ARITHMETIC[kind](collective.in_group_order()) if kind in ARITHMETIC else None
         if problem is not None:
             self._fail(collective, problem)
             return
         collective.end_seconds = max(part.posted_seconds for part in collective.parts.values())
-        if kind in _ARITHMETIC:
+        if kind in ARITHMETIC:
             collective.let_go()
         self.scheduler.wake(collective)
 
@@ -611,78 +342,3 @@ class SimulatedBackend:
         """Have everyone who waits, or will wait, for ``operation`` raise ``problem``."""
         operation.problem = problem
         self.scheduler.wake(operation)
-
-
-def _disagreement(group: Group, first_rank: int, first: Part, rank: int, part: Part) -> str:
-    theirs, ours = (" ".join(map(str, p.agreed)) for p in (first, part))
-    return (
-        f"members of group {group} must post the same collective: "
-        f"rank {first_rank} posted {theirs}, rank {rank} posted {ours}"
-    )
-
-
-def _all_reduce(parts: list[tuple[torch.Tensor, str]]) -> None:
-    total, op = parts[0]
-    _accumulate(total, [tensor for tensor, _ in parts[1:]], op)
-    for tensor, _ in parts[1:]:
-        tensor.copy_(total)
-
-
-def _reduce_scatter(parts: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None:
-    total, op = parts[0][1].clone(), parts[0][2]
-    _accumulate(total, [tensor for _, tensor, _ in parts[1:]], op)
-    for (output, _, _), piece in zip(parts, total.chunk(len(parts)), strict=True):
-        output.copy_(piece)
-
-
-def _accumulate(total: torch.Tensor, others: list[torch.Tensor], op: str) -> None:
-    """Reduce ``others``, in their order, into ``total``."""
-    for other in others:
-        if op == "max":
-            torch.maximum(total, other, out=total)
-        else:
-            total.add_(other)
-    if op == "avg":
-        total.div_(len(others) + 1)
-
-
-def _all_gather(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    whole = parts[0][0]
-    for (_, tensor), piece in zip(parts, whole.chunk(len(parts)), strict=True):
-        if piece.data_ptr() != tensor.data_ptr():
-            piece.copy_(tensor)
-    for output, _ in parts[1:]:
-        output.copy_(whole)
-
-
-def _all_to_all(
-    parts: list[tuple[torch.Tensor, torch.Tensor, tuple[int, ...], tuple[int, ...]]],
-) -> str | None:
-    for i, (_, _, _, sent) in enumerate(parts):
-        for j, (_, _, received, _) in enumerate(parts):
-            if sent[j] != received[i]:
-                return (
-                    "what one member sends the other must expect: "
-                    f"member {i} sends {sent[j]} rows to member {j}, which expects {received[i]}"
-                )
-    outgoing = [torch.split(tensor, list(sent)) for _, tensor, _, sent in parts]
-    for j, (output, _, received, _) in enumerate(parts):
-        for piece, pieces in zip(torch.split(output, list(received)), outgoing, strict=True):
-            piece.copy_(pieces[j])
-    return None
-
-
-def _broadcast(parts: list[tuple[torch.Tensor, int]]) -> None:
-    source = parts[parts[0][1]][0]
-    for tensor, _ in parts:
-        if tensor is not source:
-            tensor.copy_(source)
-
-
-_ARITHMETIC: Mapping[str, Callable[[list[Any]], str | None]] = {
-    "all_reduce": _all_reduce,
-    "all_gather": _all_gather,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": _all_to_all,
-    "broadcast": _broadcast,
-}

@@ -14,6 +14,7 @@ from picotron.planner.program import (
     Program,
     Row,
     anchored,
+    execution_order,
     lower,
     matching_sends,
     payload_bytes,
@@ -120,6 +121,7 @@ def test_reductions_are_anchored_in_the_last_backward() -> None:
     ]  # fmt: skip
     assert [(row.anchor_row, row.anchor_segment, row.bytes) for row in own[5:7]] == [(4, 2, 40), (4, 0, 60)]
     assert anchored(own) == {(4, 2): (5,), (4, 0): (6,)}
+    assert execution_order(own) == (0, 1, 2, 3, 5, 6, 4, 7, 8, 9, 10)
     assert payload_bytes(program, 0) == {
         ("all_reduce", "dp_cp"): 108,
         ("all_reduce", "world"): 24,

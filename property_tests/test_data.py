@@ -1,0 +1,90 @@
+"""Theorems about buckets and about who sees which sample."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from picotron.planner.data import microbatch_slice, sample_indices
+from picotron.planner.layout import local_numel
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.topology import Coordinate
+from property_tests.strategies import DENSE, SPARSE, plans
+
+
+@given(plans(families=DENSE + SPARSE))
+def test_buckets_hold_every_parameter_once(made: TrainingPlan) -> None:
+    """Each parameter that a stage's first rank holds is in one bucket, with its own sums and no others'."""
+    for stage, own in enumerate(made.stage_buckets):
+        held = {p.name: p for p in made.held(Coordinate(pp=stage))}
+        assert sorted(name for bucket in own for name in bucket.names) == sorted(held)
+        for index, bucket in enumerate(own):
+            assert (bucket.stage, bucket.index) == (stage, index)
+            assert {held[name].partial for name in bucket.names} == {bucket.partial}
+            assert bucket.ready_segment == min(held[name].segment for name in bucket.names)
+
+
+@given(plans())
+def test_buckets_are_filled_in_the_order_of_backward(made: TrainingPlan) -> None:
+    """They complete one after another, and one that is full takes no more."""
+    for stage, own in enumerate(made.stage_buckets):
+        where = Coordinate(pp=stage)
+        numel = {p.name: local_numel(p, where) for p in made.held(where)}
+        assert [b.ready_segment for b in own] == sorted((b.ready_segment for b in own), reverse=True)
+        for bucket in own:
+            sizes = [numel[name] * made.format.gradient for name in bucket.names]
+            assert sum(sizes[:-1]) < made.bucket_bytes
+
+
+@given(plans(), st.integers(0, 3))
+def test_every_rank_forms_buckets_of_the_same_parameters(made: TrainingPlan, seed: int) -> None:
+    """A bucket's payload is the sum of its slices on every tensor-parallel rank."""
+    tp_index = seed % made.topology.tp
+    for stage, own in enumerate(made.stage_buckets):
+        where = Coordinate(pp=stage, tp=tp_index)
+        total = sum(local_numel(p, where) for p in made.held(where)) * made.format.gradient
+        payloads = made.bucket_payload_bytes(stage, tp_index)
+        assert len(payloads) == len(own)
+        assert sum(payloads) == total
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 2**32))
+def test_every_epoch_is_a_permutation(num_samples: int, epoch: int, seed: int) -> None:
+    """Each epoch visits each sample once."""
+    consumed = epoch * num_samples
+    order = sample_indices(num_samples=num_samples, consumed=consumed, count=num_samples, seed=seed)
+    assert sorted(order) == list(range(num_samples))
+
+
+@given(st.integers(1, 30), st.integers(0, 60), st.lists(st.integers(0, 20), max_size=6), st.integers(0, 99))
+def test_sample_order_depends_on_what_was_consumed_alone(
+    num_samples: int, consumed: int, steps: list[int], seed: int
+) -> None:
+    """However it is cut into steps, the order is the same."""
+    found: list[int] = []
+    for count in steps:
+        at = consumed + len(found)
+        found += sample_indices(num_samples=num_samples, consumed=at, count=count, seed=seed)
+    whole = sample_indices(num_samples=num_samples, consumed=consumed, count=sum(steps), seed=seed)
+    assert tuple(found) == whole
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
+def test_microbatches_partition_a_step(dp: int, num_microbatches: int, micro_batch: int) -> None:
+    """Every sample of the global batch goes to one microbatch of one rank, whatever dp."""
+    samples = range(dp * num_microbatches * micro_batch)
+    taken = [
+        samples[
+            microbatch_slice(
+                dp=dp,
+                dp_index=index,
+                num_microbatches=num_microbatches,
+                microbatch=microbatch,
+                micro_batch=micro_batch,
+            )
+        ]
+        for index in range(dp)
+        for microbatch in range(num_microbatches)
+    ]
+    assert {len(own) for own in taken} == {micro_batch}
+    assert sorted(sample for own in taken for sample in own) == list(samples)

@@ -1,0 +1,302 @@
+"""What a plan chooses, and every request that it refuses: the rule, the value and any remedy."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import attrs
+import pytest
+
+from picotron.errors import PlanError
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.model import ModelSpec
+from picotron.planner.pipeline import one_f_one_b, schedule_from_csv
+from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.topology import Coordinate
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 12,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 2,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 10,
+    "n_embd": 12,
+    "n_layer": 4,
+    "n_head": 6,
+    "n_positions": 16,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
+
+
+def _plan(
+    devices: int = 1,
+    *,
+    config: dict[str, Any] = LLAMA,
+    batch: int = 8,
+    seq_len: int = 8,
+    **asked: Any,
+) -> TrainingPlan:
+    return plan(
+        ModelSpec.from_hf(config),
+        ClusterSpec.preset("cpu", devices_per_node=devices),
+        Workload(global_batch=batch, seq_len=seq_len),
+        **asked,
+    )
+
+
+def _refusal(*args: Any, **asked: Any) -> str:
+    with pytest.raises(PlanError) as caught:
+        _plan(*args, **asked)
+    return str(caught.value)
+
+
+def test_what_is_left_out_is_chosen_by_a_stated_rule() -> None:
+    """dp takes the devices left, sequence parallelism is on where it can be, layers are balanced."""
+    made = _plan(8, pp=2, tp=2)
+    assert (made.topology.dp, made.sequence_parallel, made.stage_layers) == (2, True, (2, 2))
+    assert made.chosen == (
+        "dp=2: the devices that pp * cp * tp leave",
+        "sequence_parallel=True: on when tp > 1 and tp divides the tokens",
+        "stage_layers=2,2: least FLOPs in the dearest stage",
+    )
+    assert made.num_microbatches == 4
+
+
+def test_what_is_asked_for_is_not_chosen() -> None:
+    """Nothing is said about what the caller gave."""
+    made = _plan(4, dp=1, pp=2, tp=2, sequence_parallel=False, stage_layers=(1, 3))
+    assert (made.chosen, made.stage_layers, made.sequence_parallel) == ((), (1, 3), False)
+
+
+def test_sequence_parallelism_is_off_where_tokens_cannot_be_cut() -> None:
+    """Seven tokens on two ranks."""
+    made = _plan(2, tp=2, seq_len=7)
+    assert not made.sequence_parallel
+    assert any(line.startswith("sequence_parallel=False") for line in made.chosen)
+
+
+def test_a_dear_head_gets_fewer_layers() -> None:
+    """A vocabulary as dear as layers moves a layer to the first stage."""
+    assert _plan(2, pp=2, config=LLAMA | {"vocab_size": 240}).stage_layers == (3, 1)
+
+
+def test_a_schedule_of_ones_own() -> None:
+    """A Schedule is kept as its CSV and read back."""
+    mine = attrs.evolve(one_f_one_b(2, 8), name="mine")
+    made = _plan(2, pp=2, schedule=mine)
+    assert (made.schedule, made.schedule_name, made.schedule_csv) == (mine, "mine", str(mine))
+    assert _plan(2, pp=2).schedule == one_f_one_b(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "message"),
+    [
+        (
+            8,
+            {"dp": 3, "tp": 2},
+            "pp * dp * cp * tp must equal the cluster's 8 devices, got pp=1 dp=3 cp=1 tp=2 = 6; try dp=4",
+        ),
+        (
+            8,
+            {"pp": 3},
+            "pp * dp * cp * tp must equal the cluster's 8 devices, got pp=3 dp=2 cp=1 tp=1 = 6; "
+            "pp * cp * tp = 3 does not divide 8",
+        ),
+        (3, {"dp": 3}, "dp * micro_batch must divide global_batch 8, got 3 * 1 = 3; change one of the three"),
+        (
+            2,
+            {"dp": 2, "micro_batch": 3},
+            "dp * micro_batch must divide global_batch 8, got 2 * 3 = 6; change one of the three",
+        ),
+        (8, {"pp": 8}, "pp must be at most the model's 4 layers, got pp=8; lower pp"),
+        (4, {"tp": 4}, "tp must divide the 6 query heads, got tp=4; try 1, 2, 3, 6"),
+        (
+            3,
+            {"tp": 3},
+            "tp must divide the 2 key/value heads or be a multiple of them, got tp=3; try 1, 2, 6",
+        ),
+        (
+            2,
+            {"tp": 2, "config": LLAMA | {"intermediate_size": 23}},
+            "tp must divide intermediate_size 23, got tp=2",
+        ),
+        (2, {"ep": 2}, "ep needs a model with experts, got ep=2 for llama"),
+        (
+            8,
+            {"ep": 8, "config": MIXTRAL},
+            "ep must be at most the 4 experts, got ep=8",
+        ),
+        (
+            2,
+            {"ep": 4, "config": MIXTRAL},
+            "ep * etp must divide dp * cp * tp = 2, got ep=4, etp=1; expert parallelism cuts the same ranks again",
+        ),
+        (
+            5,
+            {"dp": 5, "batch": 5, "etp": 5, "config": MIXTRAL},
+            "etp must divide the experts' size 24, got etp=5",
+        ),
+        (1, {"schedule": "gpipe"}, "schedule must be one of afab, 1f1b, got 'gpipe'"),
+        (
+            1,
+            {"config": GPT2, "seq_len": 17},
+            "seq_len must be at most the model's 16 learned positions, got 17",
+        ),
+        (1, {"sequence_parallel": True}, "sequence_parallel needs tp > 1, got tp=1; leave it out"),
+        (
+            2,
+            {"tp": 2, "seq_len": 7, "sequence_parallel": True},
+            "sequence parallelism needs tp to divide the 7 tokens of a microbatch, got tp=2; "
+            "change micro_batch or seq_len, or plan with sequence_parallel=False",
+        ),
+        (2, {"cp": 2, "seq_len": 7}, "cp must divide seq_len 7, got cp=2"),
+        (2, {"pp": 2, "stage_layers": (4,)}, "stage_layers must give 2 stages all 4 layers, got (4,)"),
+        (2, {"pp": 2, "stage_layers": (2, 1)}, "stage_layers must give 2 stages all 4 layers, got (2, 1)"),
+        (2, {"pp": 2, "stage_layers": (4, 0)}, "every stage needs a layer, got stage_layers=(4, 0)"),
+        (1, {"bucket_bytes": 0}, "bucket_bytes must be a whole number of at least 1, got 0"),
+        (1, {"dp": 0}, "dp must be a positive whole number, got 0"),
+        (1, {"pp": 0}, "pp must be a positive whole number, got 0"),
+        (
+            2,
+            {"pp": 2, "schedule": one_f_one_b(2, 3)},
+            "the schedule must have 2 ranks and 8 microbatches, got 2 and 3",
+        ),
+        (
+            2,
+            {"dp": 2, "schedule": one_f_one_b(2, 4)},
+            "the schedule must have 1 ranks and 4 microbatches, got 2 and 4",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(devices: int, asked: dict[str, Any], message: str) -> None:
+    """The message gives the rule, the value, then any remedy."""
+    assert _refusal(devices, **asked) == message
+
+
+@pytest.mark.parametrize("order", [("pp", "dp", "cp"), ("tp", "tp", "cp", "dp")])
+def test_an_order_must_name_every_axis(order: tuple[str, ...]) -> None:
+    """It is refused before anything is computed."""
+    assert "order must name each of" in _refusal(order=order)
+
+
+@pytest.mark.xfail(strict=True, reason="global_batch is divided by micro_batch before it is checked")
+@pytest.mark.parametrize("micro_batch", [0, -1, 1.0, True, "1"])
+def test_micro_batch_is_a_whole_number(micro_batch: object) -> None:
+    """Whatever else is asked for."""
+    assert re.match(
+        "micro_batch must be a whole number of at least 1, got", _refusal(micro_batch=micro_batch)
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="etp is checked only against the sizes of experts")
+def test_expert_tensor_parallelism_needs_experts() -> None:
+    """As ep does."""
+    assert re.match("etp needs a model with experts", _refusal(2, tp=2, etp=2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0F0,2F0,2B0,0B0,0F1,2F1,2B1,0B1\n1F0,3F0,3B0,1B0,1F1,3F1,3B1,1B1\n",
+        "1F0,1B0,1F1,1B1\n0F0,0B0,0F1,0B1\n",
+    ],
+    ids=["two stages a rank", "stage 0 on rank 1"],
+)
+def test_each_rank_has_the_stage_of_its_number(text: str) -> None:
+    """A plan places stage s on pipeline rank s, and a schedule must as well."""
+    refusal = _refusal(2, pp=2, batch=2, schedule=schedule_from_csv(text))
+    assert re.match("stage s must be on pipeline rank s, got stages on ranks", refusal)
+
+
+@pytest.mark.xfail(strict=True, reason="only the program of such a plan is refused")
+def test_a_schedule_that_waits_in_a_circle_is_refused() -> None:
+    """A plan that exists has a program."""
+    circle = schedule_from_csv("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
+    assert "wait for each other" in _refusal(2, pp=2, batch=2, schedule=circle)
+
+
+def test_a_step_of_too_many_actions_is_refused() -> None:
+    """A plan stays small enough to be looked at: 250,000 actions at most."""
+    assert re.match(
+        r"a step may have at most 250,000 actions .*, got 250,002; raise micro_batch or dp",
+        _refusal(batch=125_001),
+    )
+    assert _plan(batch=125_000).num_microbatches == 125_000
+
+
+def test_a_device_must_have_the_precision() -> None:
+    """A V100 has no bf16 matrix multiply."""
+    with pytest.raises(PlanError, match="v100 has no bf16 matrix multiply; choose one of its own"):
+        plan(
+            ModelSpec.from_hf(LLAMA),
+            ClusterSpec.preset("v100", devices_per_node=1),
+            Workload(global_batch=1, seq_len=8),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch": 0}, "global_batch must be a whole number of at least 1, got 0"),
+        ({"seq_len": 2.0}, "seq_len must be a whole number of at least 1, got 2.0"),
+        ({"precision": "fp8"}, "precision must be one of bf16, fp32, fp64, got 'fp8'"),
+        ({"optimizer": "lion"}, "optimizer must be one of adamw, sgd, got 'lion'"),
+        ({"beta2": -1.0}, "beta2 must be a number in [0.0, 1.0], got -1.0"),
+        ({"beta1": float("nan")}, "beta1 must be a number in [0.0, 1.0], got nan"),
+        ({"beta1": 1.5}, "beta1 must be a number in [0.0, 1.0], got 1.5"),
+        ({"seed": True}, "seed must be a whole number of at least 0, got True"),
+    ],
+)
+def test_workloads_are_checked_field_by_field(changes: dict[str, Any], message: str) -> None:
+    """A value that exists is valid."""
+    with pytest.raises(PlanError) as caught:
+        Workload(**({"global_batch": 8, "seq_len": 8} | changes))
+    assert str(caught.value) == message
+
+
+def test_a_changed_plan_is_checked_again() -> None:
+    """``evolve`` to another cluster is refused where the degrees do not fit it."""
+    made = _plan(4, dp=4)
+    with pytest.raises(PlanError, match="must equal the cluster's 2 devices.*try dp=2"):
+        attrs.evolve(made, cluster=ClusterSpec.preset("cpu", devices_per_node=2))
+
+
+def test_ranks_hold_what_their_stage_and_experts_give_them() -> None:
+    """Two stages of two ranks with ep 2: experts 0 and 1 on the first of a stage, 2 and 3 on the second."""
+    made = _plan(4, pp=2, dp=2, ep=2, config=MIXTRAL)
+    for stage in range(2):
+        for ep in range(2):
+            held = made.held(Coordinate(pp=stage, dp=ep, ep=ep))
+            assert {p.expert[0] for p in held if p.expert} == {2 * ep, 2 * ep + 1}
+            assert {p.stage for p in held} == {stage}
+
+
+def test_bucket_payloads_are_those_of_the_slices() -> None:
+    """fp32 gradients of all that a rank holds, whichever way they are bucketed."""
+    for bucket_bytes in (1, 1000, 2**30):
+        made = _plan(2, tp=2, bucket_bytes=bucket_bytes)
+        whole = made.model.num_parameters
+        norms = 9 * 12
+        assert sum(made.bucket_payload_bytes(0)) == 4 * ((whole - norms) // 2 + norms)
+    assert len(_plan(bucket_bytes=1).stage_buckets[0]) == len(_plan().held(Coordinate()))
+
+
+def test_equal_requests_make_equal_plans() -> None:
+    """Planned twice, a plan is the same value, with the same program."""
+    assert _plan(4, dp=2, pp=2) == _plan(4, dp=2, pp=2)
+    assert _plan(4, dp=2, pp=2).program() == _plan(4, dp=2, pp=2).program()
+    assert _plan(4, dp=2, pp=2) != _plan(4, dp=4)
