@@ -127,9 +127,7 @@ def configs(draw: st.DrawFn, families: tuple[str, ...] = DENSE, max_layers: int 
         "intermediate_size": intermediate,
         "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads
-        if family == "deepseek_v3"
-        else draw(st.sampled_from(divisors(heads))),
+        "num_key_value_heads": heads if family == "deepseek_v3" else draw(st.sampled_from(divisors(heads))),
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",

@@ -93,14 +93,14 @@ def test_one_f_one_b_never_needs_more_than_afab(made: TrainingPlan) -> None:
         assert peaks["1f1b"] <= peaks["afab"] + slack
 
 
-@given(plans())
-def test_predicted_memory_is_every_ranks_own(made: TrainingPlan) -> None:
-    """Ranks that share a timeline are truly alike, and the plan fits when every rank does."""
+@given(plans(families=EVERY))
+def test_no_rank_needs_more_than_predicted(made: TrainingPlan) -> None:
+    """A rank's own peak is at most what is predicted for it, the fullest rank's exactly; then the plan fits."""
     predicted = predict(made)
-    peaks = tuple(memory_timeline(made, rank).max_bytes for rank in range(made.topology.world_size))
-    assert predicted.memory_by_rank == peaks
-    assert predicted.fits == (max(peaks) <= made.cluster.device.memory_bytes)
+    peaks = [memory_timeline(made, rank).max_bytes for rank in range(made.topology.world_size)]
+    assert all(own <= said for own, said in zip(peaks, predicted.memory_by_rank, strict=True))
     assert predicted.peak_memory_bytes == max(peaks) == peaks[predicted.peak_memory_rank]
+    assert predicted.fits == (max(peaks) <= made.cluster.device.memory_bytes)
 
 
 @given(plans(), st.integers(-3, 3))

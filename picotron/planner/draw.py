@@ -64,6 +64,7 @@ _MEMORY_LETTERS = {"parameters": "P", "gradients": "G", "optimizer": "O", "activ
 _MEMORY_HEADS = ("params", "grads", "optim", "activ", "other", "peak")
 _CLOCKS = {"predicted": "virtual time, predicted"}
 _CLOSE_TO_SCALE = 8  # a capacity more than this many times the peak is named, not drawn
+LEGIBLE_COLUMNS = 4  # of a typical action where the whole step would not show it
 
 
 def human_bytes(size: int) -> str:
@@ -351,8 +352,9 @@ def _windows(columns: int, *, room: int, unit_columns: int) -> list[tuple[int, i
     """The chart columns to show: all, or the first and the last whole units that fit with an ellipsis."""
     if columns <= room:
         return [(0, columns)]
-    half = max(1, (room - 3) // 2 // unit_columns) * unit_columns
-    return [(0, half), (columns - half, columns)]
+    first = max(1, (room - 3) // 2 // unit_columns) * unit_columns
+    last = max(1, (room - 3 - first) // unit_columns) * unit_columns
+    return [(0, first), (columns - last, columns)]
 
 
 def _nearest(value: float) -> int:
@@ -366,32 +368,43 @@ def draw_timeline(
     width: int = WIDTH,
     labels: Sequence[str] | None = None,
 ) -> str:
-    """The whole timeline to scale, one row a rank: what holds its compute stream, and when.
+    """The timeline to scale, one row a rank: what holds its compute stream, and when.
 
-    ``programs``: the rows of each rank that the timeline names. ``labels`` name the ranks, in their order.
+    Where actions would be too short to see, the beginning and the end are shown at a larger scale, and that
+    is said. ``programs``: the rows of each rank that the timeline names. ``labels`` name the ranks, in order.
     """
     bars = compute_bars(timeline, programs)
     ranks = sorted(set(timeline.rank.tolist()))
     names = [f"rank {rank}" for rank in ranks] if labels is None else list(labels)
     margin = max(map(len, names)) + 2
-    columns, span = width - margin, max(timeline.makespan_seconds, 1e-12)
-    own = _by_rank(bars, ranks)
+    room, span = width - margin, max(timeline.makespan_seconds, 1e-12)
+    columns = _visible_columns(bars, span_seconds=span, room=room)
+    windows = _windows(columns, room=room, unit_columns=1)
+    rows = _chart_rows(_by_rank(bars, ranks), span_seconds=span, columns=columns)
     ticks = [(_nearest(at / span * columns), text) for at, text in time_ticks(span, columns // 12)]
+    part = " (its beginning and its end)" if len(windows) > 1 else ""
     return _joined(
         [
-            f"one step: {human_seconds(span)} ({clock_name(timeline)}); a column is "
+            f"one step{part}: {human_seconds(span)} ({clock_name(timeline)}); a column is "
             f"{human_seconds(span / columns)} and shows what took most of it",
             *(
-                name.ljust(margin) + text
-                for name, text in zip(
-                    names, _chart_rows(own, span_seconds=span, columns=columns), strict=True
-                )
+                name.ljust(margin) + " … ".join(text[first:stop] for first, stop in windows)
+                for name, text in zip(names, rows, strict=True)
             ),
-            "time".ljust(margin) + _axis(ticks, 0, columns),
+            "time".ljust(margin) + " … ".join(_axis(ticks, first, stop) for first, stop in windows),
             _legend(bars),
         ],
         width,
     )
+
+
+def _visible_columns(bars: Iterable[Bar], *, span_seconds: float, room: int) -> int:
+    """Columns of the whole span: ``room`` if a typical action has one, else LEGIBLE_COLUMNS for each."""
+    lengths = [b.end_seconds - b.start_seconds for b in bars if b.activity in ("forward", "backward")]
+    typical = float(np.median(lengths)) if lengths else span_seconds
+    if typical / span_seconds * room >= 1:
+        return room
+    return math.ceil(span_seconds / typical * LEGIBLE_COLUMNS)
 
 
 def clock_name(timeline: Timeline) -> str:

@@ -458,3 +458,13 @@ def test_names_are_all_or_none() -> None:
     program = request.program()
     text = draw_timeline(predict(request).timeline, [rows(program, stage) for stage in range(2)])
     assert "B0" not in text and "▓▓" in text and "░" in text
+
+
+def test_a_long_step_shows_its_beginning_and_its_end() -> None:
+    """With 64 microbatches in a hundred columns nothing could be read: first and last actions are shown."""
+    request = tiny(2, pp=2, batch=64)
+    program = request.program()
+    text = draw_timeline(predict(request).timeline, [rows(program, stage) for stage in range(2)])
+    assert "its beginning and its end" in text
+    assert "F0" in text and "B63" in text and " … " in text
+    assert max(map(len, text.splitlines())) <= 100

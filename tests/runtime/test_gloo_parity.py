@@ -17,7 +17,6 @@ from tests.runtime.models import (
     RankReport,
     assert_as_planned,
     distance,
-    memory_shares,
     random_samples,
     reference,
     single_rank,
@@ -88,7 +87,7 @@ def run_table() -> dict[str, RankReport]:
         if processes.rank < plan.topology.world_size:
             ranks = range(plan.topology.world_size)
             with DistributedBackend(processes, device="cpu", timeout_seconds=60.0, ranks=ranks) as backend:
-                reports[name] = train_rank(backend, plan, samples(plan), steps=STEPS, measure_from=1)
+                reports[name] = train_rank(backend, plan, samples(plan), steps=STEPS)
     return reports
 
 
@@ -116,11 +115,3 @@ def test_processes_lose_what_the_simulator_says(name: str, table: dict[str, list
     for ours, theirs in zip(table[name], simulated, strict=True):
         losses = [result.loss for result in theirs.results]
         assert [result.loss for result in ours.results] == pytest.approx(losses, rel=1e-6, abs=0)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_processes_hold_the_planned_bytes(name: str, table: dict[str, list[RankReport]]) -> None:
-    """Live bytes are the plan's at every entry, and peaks at most the plan's and 98 % of it at least."""
-    shares = memory_shares(made(name), table[name])
-    assert min(shares) >= 0.98
-    assert max(shares) <= 1.0

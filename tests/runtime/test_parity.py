@@ -101,6 +101,15 @@ def test_ranks_may_run_through_the_axes_in_any_order(order: tuple[str, ...]) -> 
     assert_parity({"family": "qwen2", "tied": True}, {}, {"dp": 2, "pp": 2, "tp": 2, "order": order})
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_projections_may_have_biases(family: str, tp: int) -> None:
+    """Biases of attention, and of a llama's MLP, take the memory and the gradients that are planned."""
+    more = {"mlp_bias": True} if family == "llama" else {}
+    model = {"family": family, "attention_bias": True, **more}
+    assert_parity(model, {"global_batch": 2}, {"dp": 2, "tp": tp, "sequence_parallel": tp == 4})
+
+
 def test_momentum_and_decay_train_the_same() -> None:
     """Under AdamW with decay, warm-up and clipping the weights of many ranks stay those of one."""
     work = {"optimizer": "adamw", "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup_steps": 3}

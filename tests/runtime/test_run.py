@@ -41,6 +41,9 @@ MIXTRAL = {
     "num_key_value_heads": 2,
     "vocab_size": 67,
     "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }

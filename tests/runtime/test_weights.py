@@ -71,7 +71,7 @@ def test_one_stage_is_one_file(tmp_path: Path) -> None:
 
 
 def test_each_stage_is_a_file_of_the_index(tmp_path: Path) -> None:
-    """Three stages: three files; the index names each tensor's and adds up their bytes; a tied copy is left out."""
+    """Three stages: three files, and an index of all tensors but the tied copy, with their bytes in all."""
     made = tiny_plan(tiny_model("gpt2", layers=3, tied=True), pp=3)
     save(made, tmp_path / "saved")
     names = [f"model-0000{stage}-of-00003.safetensors" for stage in (1, 2, 3)]
