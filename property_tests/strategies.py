@@ -76,7 +76,7 @@ def _next(action: Action, num_stages: int) -> list[Action]:
 
 @st.composite
 def warmups(draw: st.DrawFn, num_ranks: int, num_microbatches: int) -> Schedule:
-    """A schedule between 1F1B and AFAB: rank s holds between min(m, p - s) and m, never less than its next."""
+    """A schedule between 1F1B and AFAB: a rank holds one to three microbatches more than the next, or all."""
     orders: list[tuple[Action, ...]] = []
     held = 1
     for rank in reversed(range(num_ranks)):

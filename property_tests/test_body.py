@@ -36,7 +36,7 @@ def test_forward_flops_are_the_models(made: TrainingPlan) -> None:
 
 @given(plans(families=EVERY))
 def test_every_tensor_is_made_once_and_freed_once(made: TrainingPlan) -> None:
-    """F and B of a stage leave the input's gradient of what borders brought in: input and output's gradient."""
+    """A stage is given input and output's gradient; F and B leave output and input's gradient alone."""
     for stage, own in enumerate(made.stage_segments):
         forward, backward = made.bodies(stage)
         boundary, last = made.dims().local_bytes, made.topology.pp - 1

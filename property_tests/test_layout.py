@@ -51,7 +51,7 @@ def _cells(placement: Placement, where: object) -> tuple[tuple[int, int], ...]:
 
 @given(plans(max_ranks=16, families=EVERY))
 def test_elements_are_conserved(made: TrainingPlan) -> None:
-    """Over all ranks, the slices that count in a norm have as many elements as the model, whatever the cut."""
+    """Over all ranks, the slices that count in a norm have as many elements as the model."""
     places = [coordinate(made.topology, rank) for rank in range(made.topology.world_size)]
     counted = sum(
         local_numel(placement, where)

@@ -95,7 +95,7 @@ def test_one_f_one_b_never_needs_more_than_afab(made: TrainingPlan) -> None:
 
 @given(plans(families=EVERY))
 def test_no_rank_needs_more_than_predicted(made: TrainingPlan) -> None:
-    """A rank's own peak is at most what is predicted for it, the fullest rank's exactly; then the plan fits."""
+    """A rank's own peak is at most what is predicted for it, and the fullest rank's exactly that."""
     predicted = predict(made)
     peaks = [memory_timeline(made, rank).max_bytes for rank in range(made.topology.world_size)]
     assert all(own <= said for own, said in zip(peaks, predicted.memory_by_rank, strict=True))

@@ -193,7 +193,7 @@ def _unchecked(schedule: Schedule) -> Program:
 
 
 def _can_finish(program: Program) -> bool:
-    """Whether "passing a row needs ..." has no circle, if a transfer ends when both of its ends are posted."""
+    """Whether rows need each other in no circle, if a transfer ends when both of its ends are posted."""
     own = _own(program)
     matches = matching_sends(program)
     other = {**matches, **{send: receive for receive, send in matches.items()}}

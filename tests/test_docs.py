@@ -50,6 +50,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<language>[^`]*)$")
 _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+?) -->")
 _QUESTION = re.compile(r"^(\*\*\d+\. |### )")
+_TRACEBACK = "Traceback (most recent call last):"
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
 
@@ -153,7 +154,8 @@ def run_session(block: Block, namespace: dict[str, Any]) -> None:
         runner.run(test, clear_globs=False)
     except doctest.DocTestFailure as failure:
         at = f"{page_id(block.page)}:{block.line + failure.example.lineno}"
-        difference = doctest.OutputChecker().output_difference(failure.example, failure.got, OPTIONS)
+        got = failure.got[max(0, failure.got.rfind(_TRACEBACK)) :]  # the last of a chain
+        difference = doctest.OutputChecker().output_difference(failure.example, got, OPTIONS)
         raise DocsError(f"{at}: {failure.example.source.strip()}\n{difference}") from None
     except doctest.UnexpectedException as failure:
         at = f"{page_id(block.page)}:{block.line + failure.example.lineno}"

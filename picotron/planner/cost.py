@@ -7,12 +7,20 @@ the slowest link that their group crosses. Sources: Williams et al. 2009, Roofli
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from attrs import frozen
 
 from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
-from picotron.planner.cluster import LinkSpec, achieved_link, group_link, link_between, peak_flops_per_second
+from picotron.planner.cluster import (
+    ClusterSpec,
+    LinkSpec,
+    achieved_link,
+    group_link,
+    link_between,
+    peak_flops_per_second,
+)
 from picotron.planner.collectives import collective_seconds
 from picotron.planner.layout import local_numel
 from picotron.planner.plan import MOMENTS, TrainingPlan
@@ -70,11 +78,15 @@ def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
 
 
 def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int) -> float:
-    """Seconds of a collective over one group of ``group``, on the slowest of those groups."""
+    """Seconds of a collective over one group of ``group``, on the slowest of those groups.
+
+    A ring uses every adapter of a node at once; in an all-to-all or an exchange between ring neighbours each
+    byte takes its own device's adapter, so the slowest hop sets the pace.
+    """
+    direct = kind in ("exchange", "all_to_all")
+    link = _slowest_link(plan, groups(plan.topology, group), link_between if direct else group_link)
     size = group_size(plan.topology, group)
-    if kind == "exchange":
-        return collective_seconds("send", payload_bytes, size, _slowest_link(plan, group))
-    return collective_seconds(kind, payload_bytes, size, _slowest_link(plan, group))
+    return collective_seconds("send" if kind == "exchange" else kind, payload_bytes, size, link)
 
 
 def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
@@ -83,17 +95,18 @@ def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
     pairs = [pair for pipe in pipes for pair in pairwise(pipe)]
     if not pairs:
         return 0.0
-    slowest = min((link_between(plan.cluster, pair) for pair in pairs), key=_rate)
-    return collective_seconds("send", payload_bytes, 2, achieved_link(slowest, plan.cluster.efficiency))
+    return collective_seconds("send", payload_bytes, 2, _slowest_link(plan, pairs, link_between))
 
 
-def _rate(link: LinkSpec) -> float:
-    return link.bytes_per_second
-
-
-def _slowest_link(plan: TrainingPlan, group: str) -> LinkSpec:
-    links = (group_link(plan.cluster, ranks) for ranks in groups(plan.topology, group))
-    return achieved_link(min(links, key=_rate), plan.cluster.efficiency)
+def _slowest_link(
+    plan: TrainingPlan,
+    members: Iterable[tuple[int, ...]],
+    link_of: Callable[[ClusterSpec, Sequence[int]], LinkSpec],
+) -> LinkSpec:
+    """The slowest of the groups' links, at the rate that software reaches."""
+    links = (link_of(plan.cluster, ranks) for ranks in members)
+    slowest = min(links, key=lambda link: link.bytes_per_second)
+    return achieved_link(slowest, plan.cluster.efficiency)
 
 
 def stage_cost(plan: TrainingPlan, stage: int) -> StageCost:

@@ -25,6 +25,7 @@ from picotron.planner.program import Program, lower
 from picotron.planner.stage import backward_body, forward_body
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
+from picotron.planner.validators import is_size
 
 SCHEMA_VERSION = 1
 MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
@@ -145,6 +146,8 @@ class TrainingPlan:
             self.dims(index)
         peak_flops_per_second(self.cluster.device, self.workload.precision)
         _check_schedule(self.schedule, self.topology.pp, self.num_microbatches)
+        if self.schedule_csv is not None:
+            self.program()  # refuses orders whose ranks would wait for each other
 
     def __str__(self) -> str:
         from picotron.planner.draw import draw_plan
@@ -333,6 +336,8 @@ def _check_degrees(
     model: ModelSpec, cluster: ClusterSpec, work: Workload, topology: Topology, micro_batch: int
 ) -> None:
     """Raise PlanError unless cluster, batch and model can be divided as ``topology`` asks."""
+    if not is_size(micro_batch):
+        raise PlanError(f"micro_batch must be a whole number of at least 1, got {micro_batch!r}")
     degrees = f"pp={topology.pp} dp={topology.dp} cp={topology.cp} tp={topology.tp}"
     if topology.world_size != cluster.num_devices:
         raise PlanError(
@@ -356,8 +361,11 @@ def _check_degrees(
             f"got {actions:,}; raise micro_batch or dp"
         )
     check_tensor_parallel(model, tp=topology.tp, etp=topology.etp)
-    if topology.ep > 1 and model.experts is None:
-        raise PlanError(f"ep needs a model with experts, got ep={topology.ep} for {model.name}")
+    for name in ("ep", "etp"):
+        if getattr(topology, name) > 1 and model.experts is None:
+            raise PlanError(
+                f"{name} needs a model with experts, got {name}={getattr(topology, name)} for {model.name}"
+            )
     if model.experts is not None and topology.ep > model.experts.num_experts:
         raise PlanError(f"ep must be at most the {model.experts.num_experts} experts, got ep={topology.ep}")
     if model.rope_theta is None and work.seq_len > model.max_positions:

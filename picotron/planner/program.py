@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,6 +147,7 @@ def lower(
         per_rank.append(lowered)
     program = _program(per_rank, names)
     check_no_deadlock(program)
+    check_channels(program)
     return program
 
 
@@ -285,6 +287,22 @@ def matching_sends(program: Program) -> dict[tuple[int, int], tuple[int, int]]:
         for index, row in enumerate(rows(program, rank))
         if row.kind in RECEIVES
     }
+
+
+def check_channels(program: Program) -> None:
+    """Raise PlanError unless every channel's receives come in the order of its sends."""
+    posted: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+    for receive, send in sorted(matching_sends(program).items()):
+        forward = rows(program, send[0])[send[1]].kind is Kind.SEND_F
+        posted.setdefault((send[0], receive[0], forward), []).append((receive[1], send[1]))
+    for (sender, receiver, _), pairs in posted.items():
+        own = rows(program, receiver)
+        for (_, earlier), (index, later) in pairwise(pairs):
+            if later < earlier:
+                raise PlanError(
+                    f"a channel delivers in the order sent: rank {receiver} receives {own[index]} "
+                    f"before what rank {sender} sent it earlier"
+                )
 
 
 def check_no_deadlock(program: Program) -> None:

@@ -2,13 +2,15 @@
 
 A rank has a compute stream, on which its rows run in order, and a collective stream for bucket reductions;
 each (pair, direction) has a channel. A transfer starts when both ends are posted and the channel is free; a
-reduction when all its members have posted it and their collective streams are free. WAIT holds the compute
-stream until its target has ended. Nothing else blocks, so the result does not depend on who goes first.
+reduction, in posting order, when all its members have come to it and their collective streams are free. WAIT
+holds the compute stream until its target has ended. Nothing else blocks, so the result does not depend on
+who goes first.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +122,7 @@ class _Simulation:
         self.partner = {**receives, **{send: receive for receive, send in receives.items()}}
         self.posted: dict[tuple[int, int], float] = {}
         self.ended: dict[tuple[int, int], float] = {}
+        self.queued: list[deque[tuple[str, int, int, float]]] = [deque() for _ in self.rows]
         self.joint: dict[tuple[str, int, Kind], dict[int, tuple[int, float]]] = {}
         self.entries: list[tuple[int, int, int, int, float, float]] = []
 
@@ -193,20 +196,27 @@ class _Simulation:
         return True
 
     def reduce(self, rank: int, index: int, row: Row, ready: float) -> None:
-        """Post a bucket's sum; it runs once all members (of other stages too) have posted it."""
-        group = self.program.groups[row.group]
-        members = self.members(rank, group)
-        meeting = self.joint.setdefault((group, members[0], Kind.REDUCE), {})
-        meeting[rank] = index, ready
-        if len(meeting) < len(members):
-            return
-        free = max(self.collective_free[member] for member in members)
-        latest = max(posted for _, posted in meeting.values())
-        start, end = advance(free, latest, self.seconds.reduce_seconds[group, row.bytes])
-        for member, (own_index, _) in meeting.items():
-            self.collective_free[member] = self.ended[member, own_index] = end
-            self.entries.append((member, own_index, -1, 3, start, end))
-        meeting.clear()
+        """Post a bucket's sum behind those that its rank has posted before."""
+        self.queued[rank].append((self.program.groups[row.group], index, row.bytes, ready))
+        while self.start_reduction():
+            pass
+
+    def start_reduction(self) -> bool:
+        """Run one sum that is first in the queue of each of its members; False if there is none."""
+        for rank, queue in enumerate(self.queued):
+            members = self.members(rank, queue[0][0]) if queue else ()
+            heads = [self.queued[member][0] for member in members if self.queued[member]]
+            if queue and len(heads) == len(members) and {head[0] for head in heads} == {queue[0][0]}:
+                group, _, size, _ = queue[0]
+                free = max(self.collective_free[member] for member in members)
+                latest = max(ready for *_, ready in heads)
+                start, end = advance(free, latest, self.seconds.reduce_seconds[group, size])
+                for member in members:
+                    _, index, _, _ = self.queued[member].popleft()
+                    self.collective_free[member] = self.ended[member, index] = end
+                    self.entries.append((member, index, -1, 3, start, end))
+                return True
+        return False
 
     def meet(self, rank: int, index: int, row: Row) -> bool:
         """A blocking sum: COUNT over its data-parallel group, NORM over the world."""

@@ -137,7 +137,8 @@ def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
         sum(prediction.compute_seconds_by_rank),
         sum(measurement.cpu_seconds_by_rank),
     )
-    steps = measurement.seconds[1:] or measurement.seconds
+    undisturbed = [s for i, s in enumerate(measurement.seconds) if i not in (0, measurement.measured_step)]
+    steps = undisturbed or measurement.seconds
     lines = []
     if measurement.plan.cluster.device.kind == "cpu":
         lines.append(

@@ -66,6 +66,15 @@ class StepResult:
     memory: MemoryTimeline | None = None
 
 
+@frozen
+class _Posted:
+    """A transfer under way: its handle, its tensor, and where its timeline entry stands."""
+
+    handle: Handle
+    tensor: torch.Tensor
+    entry: int
+
+
 @define
 class _Walk:
     """What one step holds while it runs."""
@@ -76,7 +85,7 @@ class _Walk:
     inputs: dict[tuple[Kind, int], torch.Tensor]  # received, by (F or B, microbatch)
     output: torch.Tensor | None  # of the last compute row, to be sent
     saved: dict[tuple[int, int], list[Saved]]
-    handles: dict[int, tuple[Handle, torch.Tensor]]
+    posted: dict[int, _Posted]
     entries: list[Entry]
     memory: list[tuple[int, int, int, int]]
 
@@ -291,28 +300,33 @@ class Session:
             d = self.context.dims
             tensor = torch.empty(d.local_tokens, d.hidden, dtype=self.dtype, device=self.backend.device)
             handle = self.communicator.receive(tensor, peer, channel, row.bytes)
-        walk.handles[index] = handle, tensor
+        self._note_posted(walk, index, "send" if row.kind in SENDS else "receive", handle, tensor)
+
+    def _note_posted(
+        self, walk: _Walk, index: int, stream: str, handle: Handle, tensor: torch.Tensor
+    ) -> None:
+        """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
+        walk.posted[index] = _Posted(handle, tensor, len(walk.entries))
         now = self._now(walk)
-        stream = STREAMS.index("send" if row.kind in SENDS else "receive")
-        walk.entries.append((self.backend.rank, index, -1, stream, now, now))
+        walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
     def _neighbour(self, pp: int) -> Coordinate:
         return Coordinate(pp=pp, dp=self.where.dp, cp=self.where.cp, tp=self.where.tp)
 
     def _wait(self, walk: _Walk, row: Row) -> None:
-        handle, tensor = walk.handles.pop(row.target)
-        handle.wait()
+        posted = walk.posted.pop(row.target)
+        posted.handle.wait()
+        walk.entries[posted.entry] = (*walk.entries[posted.entry][:5], self._now(walk))
         target = self.rows[row.target]
         if target.kind in RECEIVES:
             phase = Kind.FORWARD if target.kind is Kind.RECV_F else Kind.BACKWARD
-            walk.inputs[phase, target.microbatch] = tensor
+            walk.inputs[phase, target.microbatch] = posted.tensor
 
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
         flat = self.flat_gradients[row.part]
         group = self.program.groups[row.group]
-        walk.handles[index] = self.communicator.start_all_reduce(flat, group, row.bytes), flat
-        now = self._now(walk)
-        walk.entries.append((self.backend.rank, index, -1, STREAMS.index("collective"), now, now))
+        handle = self.communicator.start_all_reduce(flat, group, row.bytes)
+        self._note_posted(walk, index, "collective", handle, flat)
 
     def _count(self, walk: _Walk, row: Row) -> None:
         count = self.statistics[2:]

@@ -97,7 +97,7 @@ def _bodies(config: dict[str, Any], topology: Topology, **changes: Any) -> tuple
 
 
 def test_local_sizes() -> None:
-    """tp 4 leaves a head, a (copied) key/value head, three columns, and 3, 3, 2, 2 words; cp 2 half the tokens."""
+    """tp 4 leaves one head, a (copied) key/value head, 3 columns, 3, 3, 2, 2 words; cp 2 half the tokens."""
     model, topology = ModelSpec.from_hf(LLAMA), Topology(tp=4, cp=2)
     d = _dims(model, topology, sequence_parallel=True, tp_index=3)
     assert (d.heads, d.kv_heads, d.intermediate, d.vocab, d.seq_len) == (1, 1, 3, 2, 2)
@@ -161,7 +161,7 @@ def test_backward_multiplies_twice_and_computes_scores_once_more(family: str) ->
 
 
 def test_causal_attention_of_one_rank_by_hand() -> None:
-    """Two sequences of four tokens, four heads of two: 2 * 4 * 10 pairs, scores and context, 2 * 2 FLOPs each."""
+    """Two sequences of four tokens, four heads of two: 2 * 4 * 10 pairs, two products, 2 * 2 FLOPs each."""
     forward, backward = _bodies(LLAMA, Topology())
     (attention,) = [op for op in forward.segments[1].operations if op.kind == "attention"]
     assert attention.flops == 2 * 4 * 10 * 2 * (2 * 2)
@@ -208,14 +208,14 @@ def test_four_all_reduces_a_layer(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_sequence_parallelism_gathers_and_scatters(family: str) -> None:
-    """Two gathers and two scatters forward; backward gathers inputs and gradients: arXiv:2205.05198, section 4.2."""
+    """Two gathers and two scatters forward; backward gathers inputs and gradients (arXiv:2205.05198, 4.2)."""
     forward, backward = _bodies(FAMILIES[family], Topology(tp=2), sequence_parallel=True)
     assert _kinds(forward, 0) == {"all_gather": 2, "reduce_scatter": 2}
     assert _kinds(backward, 0) == {"all_gather": 4, "reduce_scatter": 2}
 
 
 def test_the_ends_of_tensor_parallel_ranks() -> None:
-    """The embedding sums partial lookups, the loss a maximum and two sums a token; backward of the ends one sum."""
+    """The embedding sums lookups, the loss a maximum and two sums a token; backward of the ends one sum."""
     forward, backward = _bodies(LLAMA, Topology(tp=2))
     ends = {s.name: [(op.kind, op.payload_bytes) for op in s.collectives] for s in forward.segments}
     assert ends["embedding"] == [("all_reduce", 8 * 8 * 2)]

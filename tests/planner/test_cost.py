@@ -39,7 +39,7 @@ MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_
 
 
 def _cluster(nodes: int = 1, per_node: int = 1) -> ClusterSpec:
-    """100 FLOP/s in fp32 and 10 bytes/s, half reached; a launch of 1 s; links of 8 and 2 bytes/s, half reached."""
+    """100 FLOP/s in fp32, 10 bytes/s, links of 8 and 2 bytes/s, half of each reached; a launch of 1 s."""
     return ClusterSpec(
         name="round",
         device=DeviceSpec(
@@ -130,13 +130,13 @@ def test_a_ring_of_keys_and_values_is_sends() -> None:
 
 @pytest.mark.xfail(strict=True, reason="all_to_all is priced by the rings' link, as group_link warns against")
 def test_an_all_to_all_leaves_by_each_devices_own_adapter() -> None:
-    """Two nodes of two: half of what each rank hands over crosses its own network adapter, 1 byte a second."""
+    """Two nodes of two: each byte takes its own device's link, at the network's rate of 1 byte a second."""
     made = _plan(_cluster(nodes=2, per_node=2), MIXTRAL, dp=4, ep=4)
     assert group_seconds(made, "all_to_all", "ep", 16) == pytest.approx(3 * 3 + 12 / 1)
 
 
 def test_an_update_by_hand() -> None:
-    """fp32 AdamW on 356 elements of 21 tensors: 5 * 4 + 2 * (4 + 8) bytes each, 5 bytes/s, two launches a tensor."""
+    """fp32 AdamW, 356 elements in 21 tensors: 5 * 4 + 2 * (4 + 8) bytes each at 5/s, 2 launches a tensor."""
     made = _plan(_cluster())
     assert made.model.num_parameters == 356
     assert update_seconds(made, 0) == pytest.approx(356 * (20 + 24) / 5 + 2 * 21)

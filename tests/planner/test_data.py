@@ -78,7 +78,8 @@ def test_microbatches_of_a_step() -> None:
     """Twelve samples on dp 2 with three microbatches of two: the second rank's second takes 8 and 9."""
     where = {"dp": 2, "num_microbatches": 3, "micro_batch": 2}
     assert microbatch_slice(dp_index=1, microbatch=1, **where) == slice(8, 10)
-    assert microbatch_slice(dp_index=0, microbatch=0, **where) == slice(0, 2)
+    assert microbatch_slice(dp_index=1, microbatch=0, **where) == slice(6, 8)
+    assert microbatch_slice(dp_index=0, microbatch=2, **where) == slice(4, 6)
 
 
 @pytest.mark.parametrize(("dp_index", "microbatch"), [(2, 0), (-1, 0), (0, 3), (0, -1)])

@@ -54,7 +54,7 @@ def _plan(config: dict[str, Any], *, batch: int = 1, seq_len: int = 4, **asked: 
 
 
 def test_static_bytes_by_hand() -> None:
-    """bf16 with AdamW: 2 + 4 + 4 + 8 bytes for each of 196 elements, 12 step counters, statistics, rotary tables."""
+    """bf16 with AdamW: 2 + 4 + 4 + 8 bytes for each of 196 elements, 12 step counters, and constants."""
     embedding, head, norms = 8 * 4, 8 * 4, 3 * 4
     attention = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4  # q, k, v, o
     mlp = 3 * 6 * 4

@@ -196,6 +196,11 @@ def test_stage_split_is_the_best_of_all(num_stages: int, first: int, last: int) 
     assert _dearest(costs, found, first, last) == best
 
 
+def test_the_dearest_stage_counts_before_the_balance_of_the_rest() -> None:
+    """1 | 4 | 2 2 | 1 3 costs 4 at most; 1 4 | 2 | 2 1 | 3 has the smaller squares but a stage of 5."""
+    assert stage_split([1.0, 4.0, 2.0, 2.0, 1.0, 3.0], 4) == (1, 1, 2, 2)
+
+
 def test_a_dear_head_gets_fewer_layers() -> None:
     """Eight equal layers and a head as dear as two: five layers before, three beside the head."""
     assert stage_split([1.0] * 8, 2, last=2.0) == (5, 3)

@@ -143,7 +143,8 @@ def test_a_schedule_of_ones_own() -> None:
         (
             2,
             {"ep": 4, "config": MIXTRAL},
-            "ep * etp must divide dp * cp * tp = 2, got ep=4, etp=1; expert parallelism cuts the same ranks again",
+            "ep * etp must divide dp * cp * tp = 2, got ep=4, etp=1; "
+            "expert parallelism cuts the same ranks again",
         ),
         (
             5,

@@ -90,7 +90,7 @@ def test_each_receive_has_its_send() -> None:
 
 
 def test_one_stage_only_computes() -> None:
-    """Without neighbours and without data parallelism nothing is sent; counting and norm hand over nothing."""
+    """Without neighbours and data parallelism nothing is sent; counting and norm hand over nothing."""
     program = _lower(one_f_one_b(1, 2))
     own = rows(program, 0)
     assert _text(own) == ["0COUNT", "0F0", "0B0", "0F1", "0B1", "NORM", "UPDATE"]
@@ -185,7 +185,7 @@ def test_a_circle_is_refused() -> None:
 
 
 def test_a_send_that_ends_only_when_received_can_close_a_circle() -> None:
-    """Rank 0 runs six forwards before it posts B0, rank 1 sends B0 before it posts F3: five are few enough."""
+    """Rank 0 runs six forwards before it posts B0, rank 1 sends B0 before it posts F3; five still go."""
     for m in (5, 6):
         schedule = Schedule(
             name="mixed",

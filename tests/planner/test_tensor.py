@@ -86,7 +86,7 @@ def test_degrees_that_cannot_cut_are_refused(
 
 
 def test_shared_experts_are_cut_by_tp() -> None:
-    """deepseek-v3's shared expert of 2048 does not divide by 2^12; heads refuse first where they are fewer."""
+    """deepseek-v3 is cut 128 ways, a head a rank and its shared expert of 2048 too; not 256 ways."""
     model = ModelSpec.from_hf("deepseek-v3")
     check_tensor_parallel(model, tp=128, etp=2048)
     with pytest.raises(PlanError, match="tp must divide the 128 query heads, got tp=256"):

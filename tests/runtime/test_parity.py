@@ -106,7 +106,7 @@ def test_ranks_may_run_through_the_axes_in_any_order(order: tuple[str, ...]) -> 
 def test_projections_may_have_biases(family: str, tp: int) -> None:
     """Biases of attention, and of a llama's MLP, take the memory and the gradients that are planned."""
     more = {"mlp_bias": True} if family == "llama" else {}
-    model = {"family": family, "attention_bias": True, **more}
+    model = {"family": family, "attention_bias": True, "intermediate_size": 128, **more}
     assert_parity(model, {"global_batch": 2}, {"dp": 2, "tp": tp, "sequence_parallel": tp == 4})
 
 
