@@ -172,7 +172,7 @@ def test_every_bad_field_is_named_at_once():
 
 def test_a_custom_schedule_that_was_edited_is_refused():
     """The digest holds the orders that were saved, even where the new ones are valid."""
-    text = changed("schedule.csv", "0F0,0F1,0B1,0B0\n1F0,1F1,1B1,1B0\n", custom_plan())
+    text = changed("schedule.csv", "0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1\n", custom_plan())
     with pytest.raises(PlanError, match=r"\$\.schedule\.sha256: must be "):
         plan_from_json(text)
 
