@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -291,18 +290,16 @@ def matching_sends(program: Program) -> dict[tuple[int, int], tuple[int, int]]:
 
 def check_channels(program: Program) -> None:
     """Raise PlanError unless every channel's receives come in the order of its sends."""
-    posted: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
-    for receive, send in sorted(matching_sends(program).items()):
-        forward = rows(program, send[0])[send[1]].kind is Kind.SEND_F
-        posted.setdefault((send[0], receive[0], forward), []).append((receive[1], send[1]))
-    for (sender, receiver, _), pairs in posted.items():
-        own = rows(program, receiver)
-        for (_, earlier), (index, later) in pairwise(pairs):
-            if later < earlier:
-                raise PlanError(
-                    f"a channel delivers in the order sent: rank {receiver} receives {own[index]} "
-                    f"before what rank {sender} sent it earlier"
-                )
+    own = [rows(program, rank) for rank in range(program.num_ranks)]
+    latest: dict[tuple[int, int, Kind], int] = {}
+    for (rank, index), (sender, sent) in sorted(matching_sends(program).items()):
+        channel = sender, rank, own[rank][index].kind
+        if sent < latest.get(channel, -1):
+            raise PlanError(
+                f"a channel delivers in the order sent: rank {rank} receives {own[rank][index]} "
+                f"after what rank {sender} sent it later"
+            )
+        latest[channel] = sent
 
 
 def check_no_deadlock(program: Program) -> None:
