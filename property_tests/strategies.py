@@ -45,15 +45,19 @@ def interleavings(
 ) -> Schedule:
     """Any valid schedule, in some order that one worker could run; its ranks may still wait in a circle.
 
-    Stages go round the ranks, ``max_chunks`` a rank at most.
+    Stages go round the ranks, ``max_chunks`` a rank at most. In half of the schedules microbatches keep their
+    order in each stage and phase.
     """
     num_ranks, chunks = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_chunks))
     num_microbatches = draw(st.integers(1, max_microbatches))
     num_stages = num_ranks * chunks
     orders: list[list[Action]] = [[] for _ in range(num_ranks)]
     ready = [Action(0, Phase.FORWARD, index) for index in range(num_microbatches)]
+    in_order = draw(st.booleans())
     while ready:
-        action = ready.pop(draw(st.integers(0, len(ready) - 1)))
+        firsts = {(action.stage, action.phase): action for action in sorted(ready, reverse=True)}
+        action = draw(st.sampled_from(sorted(firsts.values()) if in_order else ready))
+        ready.remove(action)
         orders[action.stage % num_ranks].append(action)
         ready += _next(action, num_stages)
     return Schedule(

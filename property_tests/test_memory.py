@@ -93,12 +93,19 @@ def test_one_f_one_b_never_needs_more_than_afab(made: TrainingPlan) -> None:
         assert peaks["1f1b"] <= peaks["afab"] + slack
 
 
-@given(plans(families=EVERY))
+@given(plans())
 def test_no_rank_needs_more_than_predicted(made: TrainingPlan) -> None:
-    """A rank's own peak is at most what is predicted for it, and the fullest rank's exactly that."""
+    """A rank's own peak is at most what is predicted for it (it may count fewer tensors in the norm)."""
     predicted = predict(made)
     peaks = [memory_timeline(made, rank).max_bytes for rank in range(made.topology.world_size)]
     assert all(own <= said for own, said in zip(peaks, predicted.memory_by_rank, strict=True))
+
+
+@given(plans(families=EVERY))
+def test_the_fullest_rank_is_predicted_exactly(made: TrainingPlan) -> None:
+    """It decides whether the plan fits, also where slices or experts are uneven."""
+    predicted = predict(made)
+    peaks = [memory_timeline(made, rank).max_bytes for rank in range(made.topology.world_size)]
     assert predicted.peak_memory_bytes == max(peaks) == peaks[predicted.peak_memory_rank]
     assert predicted.fits == (max(peaks) <= made.cluster.device.memory_bytes)
 

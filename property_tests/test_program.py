@@ -19,7 +19,6 @@ from picotron.planner.program import (
     Kind,
     Program,
     Row,
-    check_no_deadlock,
     execution_order,
     lower,
     matching_sends,
@@ -178,18 +177,23 @@ def test_tensor_parallel_ranks_run_the_same_rows(made: TrainingPlan) -> None:
         ]
 
 
-def _unchecked(schedule: Schedule) -> Program:
+def _lowered(schedule: Schedule) -> Program:
     none: tuple[tuple[()], ...] = ((),) * schedule.num_stages
+    return lower(
+        schedule,
+        boundary_bytes=4,
+        buckets=none,
+        bucket_bytes=none,
+        data_parallel=False,
+        world_size=schedule.num_ranks,
+    )
+
+
+def _unchecked(schedule: Schedule) -> Program:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "check_no_deadlock", lambda _: None)
-        return lower(
-            schedule,
-            boundary_bytes=4,
-            buckets=none,
-            bucket_bytes=none,
-            data_parallel=False,
-            world_size=schedule.num_ranks,
-        )
+        for check in ("check_no_deadlock", "check_channels"):
+            patch.setattr(room, check, lambda _: None)
+        return _lowered(schedule)
 
 
 def _can_finish(program: Program) -> bool:
@@ -210,14 +214,33 @@ def _can_finish(program: Program) -> bool:
     return True
 
 
+def _keeps_order(program: Program) -> bool:
+    """Whether each channel's microbatches and stages are received as they are sent."""
+    sent: dict[tuple[bool, int, int], list[tuple[int, int]]] = defaultdict(list)
+    received: dict[tuple[bool, int, int], list[tuple[int, int]]] = defaultdict(list)
+    for rank, rs in enumerate(_own(program)):
+        for row in rs:
+            forward = row.kind in (Kind.SEND_F, Kind.RECV_F)
+            if row.kind in SENDS:
+                sent[forward, rank, row.peer].append((row.stage, row.microbatch))
+            if row.kind in RECEIVES:
+                source = row.stage + (-1 if forward else 1)
+                received[forward, row.peer, rank].append((source, row.microbatch))
+    return sent == received
+
+
 @given(interleavings())
-def test_a_schedule_is_refused_exactly_when_its_rows_need_each_other(schedule: Schedule) -> None:
-    """Any order that one worker could run is lowered, unless the ranks' rows form a circle of needs."""
+def test_a_schedule_is_refused_exactly_when_it_cannot_run(schedule: Schedule) -> None:
+    """Any order that one worker could run is lowered, unless rows need each other or messages cross."""
     program = _unchecked(schedule)
-    if _can_finish(program):
-        event("lowered")
-        check_no_deadlock(program)
-    else:
-        event("refused")
+    if not _can_finish(program):
+        event("circle")
         with pytest.raises(PlanError, match="the ranks of this schedule wait for each other: rank"):
-            check_no_deadlock(program)
+            _lowered(schedule)
+    elif not _keeps_order(program):
+        event("crossed")
+        with pytest.raises(PlanError, match="a channel delivers in the order sent: rank"):
+            _lowered(schedule)
+    else:
+        event("lowered")
+        assert _lowered(schedule) == program

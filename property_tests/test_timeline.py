@@ -131,21 +131,6 @@ def _oracle(program: Program, seconds: Durations) -> Times:
     return times
 
 
-def _keeps_order(made: TrainingPlan) -> bool:
-    """Whether no sum is posted behind one that waits for another stage (there, sums overtake for now)."""
-    program = made.program()
-    own = rows(program, program.num_ranks - 1)
-    posted = sorted(
-        (-row.anchor_segment, i, program.groups[row.group])
-        for i, row in enumerate(own)
-        if row.kind is Kind.REDUCE and row.anchor_row >= 0
-    )
-    return all(group != "embedding" for _, _, group in posted[:-1])
-
-
-ordered_plans = plans().filter(_keeps_order)
-
-
 def _simulated(program: Program, seconds: Durations) -> Times:
     timeline = simulate_program(program, seconds)
     columns = (timeline.rank, timeline.row, timeline.start, timeline.end)
@@ -173,7 +158,7 @@ def _priced(draw: st.DrawFn, program: Program, segments: list[int]) -> Durations
     )
 
 
-@given(ordered_plans, st.data())
+@given(plans(), st.data())
 def test_a_plans_timeline_is_the_oracles(made: TrainingPlan, data: st.DataObject) -> None:
     """Every start and end of every row, to the bit, for any seconds."""
     program = made.program()
@@ -181,7 +166,7 @@ def test_a_plans_timeline_is_the_oracles(made: TrainingPlan, data: st.DataObject
     assert _simulated(program, seconds) == _oracle(program, seconds)
 
 
-@given(ordered_plans)
+@given(plans())
 def test_a_plans_own_prices_give_the_oracles_timeline(made: TrainingPlan) -> None:
     """With the roofline's seconds too, but for rounding."""
     program = made.program()

@@ -110,6 +110,7 @@ class Session:
         self.where = coordinate(plan.topology, backend.rank)
         self.program = plan.program(self.where.tp)
         self.rows = rows(self.program, self.where.pp)
+        self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
         forward, backward = plan.bodies(self.where.pp, self.where.tp)
         self.bodies: dict[Kind, Body] = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
@@ -253,7 +254,7 @@ class Session:
             x = torch.empty(0, dtype=self.dtype, device=self.backend.device)
         kept: list[Saved] = []
         for number, runner in enumerate(self.runners):
-            self._open_segment(walk, index, row, self.bodies[row.kind].segments[number])
+            self._open_segment(walk, index, self.bodies[row.kind].segments[number])
             x, saved = runner.forward(x, tokens)
             kept.append(saved)
             self._close_segment(walk, index, number)
@@ -267,15 +268,15 @@ class Session:
         kept = walk.saved.pop((row.stage, row.microbatch))
         for order, segment in enumerate(self.bodies[row.kind].segments):
             number = len(kept) - 1
-            self._open_segment(walk, index, row, segment)
+            self._open_segment(walk, index, segment)
             gradient = self.runners[number].backward(kept.pop(), gradient)
             self._close_segment(walk, index, order)
             for posted in self.anchored.get((index, number), ()):
                 self._reduce(walk, posted, self.rows[posted])
         walk.output = gradient
 
-    def _open_segment(self, walk: _Walk, index: int, row: Row, segment: SegmentBody) -> None:
-        self.communicator.open(f"{row} {segment.name}", index, segment.collectives)
+    def _open_segment(self, walk: _Walk, index: int, segment: SegmentBody) -> None:
+        self.communicator.open(f"{self.row_names[index]} {segment.name}", index, segment.collectives)
         if walk.tracker is not None:
             walk.tracker.restart_peak()
 

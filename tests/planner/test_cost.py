@@ -128,7 +128,6 @@ def test_a_ring_of_keys_and_values_is_sends() -> None:
     assert group_seconds(made, "exchange", "cp", 16) == pytest.approx(1 + 16 / 4)
 
 
-@pytest.mark.xfail(strict=True, reason="all_to_all is priced by the rings' link, as group_link warns against")
 def test_an_all_to_all_leaves_by_each_devices_own_adapter() -> None:
     """Two nodes of two: each byte takes its own device's link, at the network's rate of 1 byte a second."""
     made = _plan(_cluster(nodes=2, per_node=2), MIXTRAL, dp=4, ep=4)

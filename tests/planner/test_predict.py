@@ -78,13 +78,16 @@ def test_the_step_of_one_device_is_its_work() -> None:
     assert predicted.payload_bytes_by_rank == ((),)
 
 
-def test_rates_are_of_the_cluster_unless_they_say_per_device() -> None:
-    """Two replicas do the same tokens in half the microbatches."""
-    predicted = predict(_plan(devices=2, dp=2))
+@pytest.mark.parametrize("axis", ["dp", "pp", "tp"])
+def test_rates_are_of_the_cluster_unless_they_say_per_device(axis: str) -> None:
+    """However two devices share the work, all tokens count once and both devices' peaks."""
+    made = _plan(devices=2, **{axis: 2})
+    predicted = predict(made)
     assert predicted.tokens_per_second == pytest.approx(2 * predicted.tokens_per_second_per_device)
     assert predicted.tokens_per_second == pytest.approx(16 / predicted.step_seconds)
-    full = model_flops(_plan(devices=2, dp=2), "full")
-    assert predicted.mfu == pytest.approx(full / predicted.step_seconds / 200e9)
+    assert predicted.mfu == pytest.approx(model_flops(made, "full") / predicted.step_seconds / 200e9)
+    executed = predict(_plan()).hfu / predict(_plan()).mfu_causal  # of one device
+    assert predicted.hfu / predicted.mfu_causal == pytest.approx(executed)
 
 
 def test_equal_stages_have_the_textbook_bubble() -> None:

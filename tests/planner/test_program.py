@@ -200,11 +200,10 @@ def test_a_send_that_ends_only_when_received_can_close_a_circle() -> None:
             _lower(schedule)
 
 
-@pytest.mark.xfail(strict=True, reason="lower accepts it, and the runtime's ordered channels mix them up")
 def test_a_channel_delivers_in_the_order_sent() -> None:
-    """Rank 0 sends microbatch 0 before 1; a schedule that receives 1 first cannot run on ordered channels."""
+    """Rank 0 sends microbatch 0 before 1; a schedule that receives 1 first would mix them up."""
     swapped = schedule_from_csv("0F0,0F1,0B0,0B1\n1F1,1F0,1B0,1B1\n")
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match="a channel delivers in the order sent: rank 1 receives 1RECV_F0"):
         _lower(swapped)
 
 

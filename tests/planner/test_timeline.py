@@ -157,9 +157,6 @@ def test_tied_ends_sum_their_embeddings_together() -> None:
     assert times["NORM"] == (9, 9)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a sum overtakes one that was posted before it and waits for the other end"
-)
 def test_a_collective_stream_keeps_its_order() -> None:
     """The last rank posts the tied sum first, at 3 s; its second bucket's waits behind it until 9 s."""
     first = (Bucket(stage=0, index=0, names=("w",), partial=("embedding",), ready_segment=0),)
