@@ -15,12 +15,13 @@ class ExecutionError(RuntimeError):
 
     ``action`` is what the rank was doing ("2B5", "all_reduce over tp"); ``position`` is the index of the
     row (and of the operation within it) in that rank's program. Either is None before the first row.
+    ``message`` is what went wrong, without the place.
     """
 
     def __init__(
         self, message: str, *, rank: int | None = None, action: str | None = None, position: str | None = None
     ) -> None:
-        self.rank, self.action, self.position = rank, action, position
+        self.message, self.rank, self.action, self.position = message, rank, action, position
         where = [
             f"{name} {value}"
             for name, value in (("rank", rank), ("action", action), ("position", position))
@@ -30,12 +31,10 @@ class ExecutionError(RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Cross a process border whole (the default would prefix the place twice)."""
-        return _rebuild, (self.args[0], self.rank, self.action, self.position)
+        return _again, (type(self), self.message, self.rank, self.action, self.position)
 
 
-def _rebuild(
-    message: str, rank: int | None, action: str | None, position: str | None
-) -> ExecutionError:  # pragma: no cover - runs in the parent of a test's processes
-    error = ExecutionError(message)
-    error.rank, error.action, error.position = rank, action, position
-    return error
+def _again(
+    kind: type[ExecutionError], message: str, rank: int | None, action: str | None, position: str | None
+) -> ExecutionError:
+    return kind(message, rank=rank, action=action, position=position)

@@ -8,9 +8,10 @@ from attrs import evolve
 from hypothesis import strategies as st
 
 from picotron.errors import PlanError
+from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import FORMATS, TrainingPlan, Workload, plan
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES
 from property_tests.strategies_cluster import clusters, names
@@ -27,6 +28,14 @@ def _divides(model: ModelSpec, tp: int) -> bool:
     return tp <= model.max_positions
 
 
+def _able(cluster: ClusterSpec) -> ClusterSpec:
+    """The cluster, with a device that can multiply in fp32 if it could in none of a plan's precisions."""
+    peaks = cluster.device.peak_flops_per_second
+    if any(getattr(peaks, name) for name in FORMATS):
+        return cluster
+    return evolve(cluster, device=evolve(cluster.device, peak_flops_per_second=evolve(peaks, fp32=1e12)))
+
+
 @st.composite
 def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
     """A small plan of any family on any cluster, with a named schedule or custom orders."""
@@ -39,11 +48,15 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
         draw(st.integers(1, 3)),
     )
     seq_len = tp * draw(st.integers(1, model.max_positions // tp))
-    cluster = evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp)
+    cluster = _able(evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp))
+    precisions = [name for name in FORMATS if getattr(cluster.device.peak_flops_per_second, name)]
     return plan(
         model,
         cluster,
-        draw(workloads(global_batch=dp * micro_batch * rounds, seq_len=seq_len)),
+        evolve(
+            draw(workloads(global_batch=dp * micro_batch * rounds, seq_len=seq_len)),
+            precision=draw(st.sampled_from(precisions)),
+        ),
         pp=pp,
         dp=draw(st.sampled_from([None, dp])),
         tp=tp,

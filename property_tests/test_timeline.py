@@ -94,7 +94,7 @@ def _oracle(program: Program, seconds: Durations) -> Times:
                 meetings[row.kind].append(before)
                 nodes[rank, i] = here
             elif row.kind is Kind.UPDATE:
-                cost = max(stage.update_seconds for stage in seconds.stages)
+                cost = seconds.stages[rank].update_seconds
             graph.add(here, cost, *needs)
     for posted in sends.values():
         for earlier, later in pairwise(posted):

@@ -86,7 +86,9 @@ def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int)
     direct = kind in ("exchange", "all_to_all")
     link = _slowest_link(plan, groups(plan.topology, group), link_between if direct else group_link)
     size = group_size(plan.topology, group)
-    return collective_seconds("send" if kind == "exchange" else kind, payload_bytes, size, link)
+    if kind == "exchange" and size > 1:  # a ring all-gather's steps: each rank passes on size - 1 parts
+        return collective_seconds("all_gather", payload_bytes * size // (size - 1), size, link)
+    return collective_seconds(kind, payload_bytes, size, link)
 
 
 def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:

@@ -234,7 +234,7 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     """Attention, backward."""
     d = ops.d
     width = d.heads * d.head_dim
-    output_backward(ops, width, into="dcontext")
+    output_backward(ops, width, into="dcontext", bias=model.output_bias)
     sizes = _projections(model, d)
     inputs = [ops.saved(name, d.tokens * size) for name, size in sizes]
     gradients = [ops.tensor(f"d{name}", d.tokens * size) for name, size in sizes]
@@ -354,12 +354,15 @@ def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
         ops.tensor(name, size) for name in ("active", "product", "dproduct", "dgate")
     )
     ops.kernel("swiglu again", size, passes=5, kernels=2, creates=[active, product])
-    output_backward(ops, d.intermediate, into="dproduct", before=[product])
+    output_backward(ops, d.intermediate, into="dproduct", before=[product], bias=model.mlp_bias)
     ops.kernel("up gradient", size, passes=6, kernels=2, frees=[up])
     ops.kernel("gate gradient", size, passes=3, creates=[dgate], frees=[dproduct, gate])
     source = ops.gathered("gather mlp input", ops.norm_again(model))
-    ops.matmul("gate weight", d.intermediate, d.tokens, d.hidden)
-    ops.matmul("up weight", d.intermediate, d.tokens, d.hidden, frees=[source])
+    for name in ("gate", "up"):
+        ops.matmul(f"{name} weight", d.intermediate, d.tokens, d.hidden)
+        if model.mlp_bias:
+            _bias_gradient(ops, name, d.tokens, d.intermediate)
+    ops.kernel("free", 0, kernels=0, frees=[source])
     full = ops.dnormed(model)
     ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
     ops.matmul("up input", d.tokens, d.intermediate, d.hidden, frees=[dgate, active])

@@ -132,14 +132,16 @@ class TrainingPlan:
 
     @chosen.validator
     def _consistent(self, _: Attribute[object], __: object) -> None:
+        if not all(map(is_size, self.stage_layers)):
+            raise PlanError(f"every stage needs a layer, got stage_layers={self.stage_layers}")
+        if not isinstance(self.sequence_parallel, bool):
+            raise PlanError(f"sequence_parallel must be True or False, got {self.sequence_parallel!r}")
         _check_degrees(self.model, self.cluster, self.workload, self.topology, self.micro_batch)
         if len(self.stage_layers) != self.topology.pp or sum(self.stage_layers) != self.model.num_layers:
             raise PlanError(
                 f"stage_layers must give {self.topology.pp} stages all {self.model.num_layers} layers, "
                 f"got {self.stage_layers}"
             )
-        if min(self.stage_layers) < 1:
-            raise PlanError(f"every stage needs a layer, got stage_layers={self.stage_layers}")
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
@@ -201,7 +203,7 @@ class TrainingPlan:
 
     @cached_property
     def stage_buckets(self) -> tuple[tuple[Bucket, ...], ...]:
-        """Gradient buckets, by stage."""
+        """Gradient buckets, by stage; of experts, those that the first expert-parallel rank holds."""
         return tuple(
             buckets(
                 self.held(Coordinate(pp=stage)),
@@ -303,7 +305,7 @@ def plan(
             chosen.append(
                 f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage"
             )
-    custom = None if isinstance(schedule, str) else schedule
+    custom = schedule if isinstance(schedule, Schedule) else None
     if custom is None and schedule not in SCHEDULES:
         raise PlanError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     return TrainingPlan(

@@ -138,8 +138,11 @@ def _without_communication(program: Program, seconds: Durations) -> float:
 
 
 def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
-    """One timeline a rank; ranks that do exactly the same work share it."""
-    found: dict[tuple[int, int], MemoryTimeline] = {}
+    """One timeline a rank, shared by ranks of equal stage and slices.
+
+    Among those, the gradient norm's scratch differs by a few bytes for each tensor; no other moment does.
+    """
+    found: dict[tuple[int, int, int], MemoryTimeline] = {}
     out = []
     for rank in range(plan.topology.world_size):
         _, key = _alike(plan, rank)
@@ -168,7 +171,7 @@ def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[st
 
 def planned_payloads(plan: TrainingPlan) -> tuple[tuple[tuple[str, str, int], ...], ...]:
     """For each rank, (kind, group, bytes) that it hands over in one step, in sorted order."""
-    found: dict[tuple[int, int], tuple[tuple[str, str, int], ...]] = {}
+    found: dict[tuple[int, int, int], tuple[tuple[str, str, int], ...]] = {}
     out = []
     for rank in range(plan.topology.world_size):
         where, key = _alike(plan, rank)
@@ -178,11 +181,11 @@ def planned_payloads(plan: TrainingPlan) -> tuple[tuple[tuple[str, str, int], ..
     return tuple(out)
 
 
-def _alike(plan: TrainingPlan, rank: int) -> tuple[Coordinate, tuple[int, int]]:
-    """Where ``rank`` sits, and what it shares with the ranks that do exactly the same work."""
+def _alike(plan: TrainingPlan, rank: int) -> tuple[Coordinate, tuple[int, int, int]]:
+    """Where ``rank`` sits, and what it shares with the ranks whose stage and slices are the same."""
     where = coordinate(plan.topology, rank)
     even = plan.model.vocab_size % plan.topology.tp == 0
-    return where, (where.pp, 0 if even else where.tp)
+    return where, (where.pp, 0 if even else where.tp, where.ep)
 
 
 def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:

@@ -152,8 +152,7 @@ class _Simulation:
             if row.anchor_row < 0:
                 self.reduce(rank, index, row, self.clock[rank])
         elif row.kind is Kind.UPDATE:
-            seconds = max(s.update_seconds for s in self.seconds.stages) if row.stage < 0 else 0.0
-            self.occupy(rank, index, seconds)
+            self.occupy(rank, index, self.seconds.stages[rank].update_seconds)
         else:
             return self.meet(rank, index, row)
         return True

@@ -131,7 +131,8 @@ def groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(dict.fromkeys((pipe[0], pipe[-1]))) for pipe in groups(topology, "pp"))
     if (
         axis.startswith("tp:")
-        and axis[3:].isdigit()
+        and axis[3:].isdecimal()
+        and axis.isascii()
         and int(axis[3:]) > 0
         and topology.tp % int(axis[3:]) == 0
     ):

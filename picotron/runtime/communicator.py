@@ -34,7 +34,7 @@ class Communicator:
         if self._cursor != len(self._planned):
             missing = self._planned[self._cursor]
             raise self._error(f"the segment ended before its planned {missing.kind} {missing.name!r}")
-        self._planned, self._cursor = (), 0
+        self.open("", -1, ())
 
     def all_reduce(self, tensor: torch.Tensor, group: str, op: str = "sum") -> None:
         """Reduce ``tensor`` in place over ``group``."""
@@ -92,9 +92,6 @@ class Communicator:
         self.payload_bytes[kind, group] = self.payload_bytes.get((kind, group), 0) + size
 
     def _error(self, message: str) -> ExecutionError:
-        return ExecutionError(
-            message,
-            rank=self.backend.rank,
-            action=self._action or None,
-            position=f"row {self._row}, operation {self._cursor}",
-        )
+        """At the operation of the open segment; outside one, the walker knows the row."""
+        position = f"row {self._row}, operation {self._cursor}" if self._action else None
+        return ExecutionError(message, rank=self.backend.rank, action=self._action or None, position=position)

@@ -131,19 +131,23 @@ def step_batches(
         )
         for index in range(plan.num_microbatches)
     )
-    batches = tuple(collate([dataset[i] for i in order[part]], work.seq_len) for part in slices)
-    for batch in batches:
-        _check_vocabulary(plan, batch)
-    return batches
+    return tuple(
+        collate([_checked(plan, dataset[i], i) for i in order[part]], work.seq_len) for part in slices
+    )
 
 
-def _check_vocabulary(plan: TrainingPlan, batch: HostBatch) -> None:
-    lowest, highest = int(batch.ids.min()), int(max(batch.ids.max(), batch.targets.max()))
+def _checked(plan: TrainingPlan, sample: np.ndarray, index: int) -> np.ndarray:
+    """The sample, if it has ids and the model has a row for each."""
+    if not len(sample):
+        raise PlanError(f"a sample must hold at least one token id, got none in sample {index}")
+    lowest, highest = int(sample.min()), int(sample.max())
     if lowest < 0 or highest >= plan.model.vocab_size:
         raise PlanError(
             f"token ids must be in [0, {plan.model.vocab_size}), the vocabulary of {plan.model.name}, "
-            f"got {lowest if lowest < 0 else highest}; use a model whose vocabulary covers the tokenizer's"
+            f"got {lowest if lowest < 0 else highest} in sample {index}; "
+            "use a model whose vocabulary covers the tokenizer's"
         )
+    return sample
 
 
 @frozen(eq=False)

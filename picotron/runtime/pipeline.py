@@ -222,7 +222,7 @@ class Session:
         except ExecutionError as error:
             if error.action is None or error.position is None:
                 raise ExecutionError(
-                    str(error), rank=self.backend.rank, action=str(row), position=f"row {index}"
+                    error.message, rank=self.backend.rank, action=str(row), position=f"row {index}"
                 ) from error
             raise
         if row.kind not in SENDS and row.kind not in RECEIVES and row.kind is not Kind.REDUCE:
