@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention, sil
 from torch.nn.parallel import DistributedDataParallel
 
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.workload import Workload
 from picotron.runtime.data import HostBatch
 from picotron.runtime.layout import initial_weights
 from picotron.runtime.memory import MemoryTracker

@@ -32,7 +32,8 @@ from peers import DdpTrainer, PlainTrainer
 
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.workload import Workload
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import ByteText, HostBatch, standard_library_text, step_batches
 from picotron.runtime.pipeline import Session

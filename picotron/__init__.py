@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from picotron.planner.cluster import ClusterSpec
     from picotron.planner.model import ModelSpec
     from picotron.planner.pipeline import Schedule
-    from picotron.planner.plan import TrainingPlan, Workload, plan
+    from picotron.planner.plan import TrainingPlan, plan
     from picotron.planner.predict import Prediction, predict
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
     from picotron.planner.topology import Topology
+    from picotron.planner.workload import Workload
     from picotron.runtime.compare import compare as compare
     from picotron.runtime.run import Measurement as Measurement
     from picotron.runtime.run import run as run
@@ -52,7 +53,7 @@ _PLANNER = {
     "Schedule": "picotron.planner.pipeline",
     "Topology": "picotron.planner.topology",
     "TrainingPlan": "picotron.planner.plan",
-    "Workload": "picotron.planner.plan",
+    "Workload": "picotron.planner.workload",
     "diff": "picotron.planner.serialize",
     "fingerprint": "picotron.planner.serialize",
     "load_plan": "picotron.planner.serialize",

@@ -10,8 +10,9 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.cost import SegmentCost, StageCost
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Action, Phase, Schedule, make_schedule
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.topology import AXES, Topology
+from picotron.planner.workload import Workload
 
 DENSE = ("llama", "qwen2", "qwen3", "gpt2")
 SPARSE = ("mixtral", "qwen3_moe", "deepseek_v3")

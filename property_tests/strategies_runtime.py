@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload
+from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import AXES
+from picotron.planner.workload import Workload
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
 
 MAX_RANKS = 8

@@ -11,9 +11,10 @@ from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
-from picotron.planner.plan import FORMATS, TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES
+from picotron.planner.workload import FORMATS, Workload
 from property_tests.strategies_cluster import clusters, names
 from property_tests.strategies_model import models
 

@@ -8,31 +8,27 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picotron.planner.cluster import ClusterSpec
-from picotron.planner.cost import SegmentCost, StageCost
-from picotron.planner.draw import (
-    WIDTH,
+from picotron.planner.chart import (
     column_activities,
     compute_bars,
-    draw_grid,
-    draw_memory,
-    draw_plan,
-    draw_schedule,
-    draw_timeline,
     human_bytes,
     human_seconds,
     rank_ranges,
     schedule_bars,
     time_ticks,
 )
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.draw import WIDTH, draw_grid, draw_memory, draw_plan, draw_schedule, draw_timeline
 from picotron.planner.draw_svg import schedule_svg
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import rows
 from picotron.planner.timeline import bubble_seconds
 from picotron.planner.topology import AXES
+from picotron.planner.workload import Workload
 
 TINY = ModelSpec.from_hf("llama-tiny")
 

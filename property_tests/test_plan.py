@@ -14,9 +14,10 @@ from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import planned_payloads, predict
 from picotron.planner.topology import groups
+from picotron.planner.workload import Workload
 from property_tests.strategies import DENSE, SPARSE, models, plans, requests
 
 EVERY = DENSE + SPARSE

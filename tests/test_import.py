@@ -62,7 +62,7 @@ def test_no_room_of_the_planner_loads_torch(room: str):
 def test_public_names_of_the_planner_load_no_torch():
     """Neither does the star, which leaves the runtime's names out."""
     code = "from picotron import *; import sys; print(callable(plan), Workload, 'torch' in sys.modules)"
-    assert python(code) == "True <class 'picotron.planner.plan.Workload'> False\n"
+    assert python(code) == "True <class 'picotron.planner.workload.Workload'> False\n"
 
 
 @pytest.mark.parametrize("room", ["picotron", "picotron.planner"])

@@ -21,8 +21,9 @@ from picotron.cli.common import (
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv
-from picotron.planner.plan import Workload, plan
+from picotron.planner.plan import plan
 from picotron.planner.serialize import plan_to_json
+from picotron.planner.workload import Workload
 
 EXAMPLE = (
     "picotron plan llama-3.1-70b --cluster h100:16x8 --global-batch 1024 --seq-len 8192 "

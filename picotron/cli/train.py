@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out
 from picotron.errors import PlanError
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.serialize import fingerprint
+from picotron.planner.workload import Workload
 
 if TYPE_CHECKING:
     from picotron.runtime.data import Dataset

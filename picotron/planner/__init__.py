@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from picotron.planner.cluster import ClusterSpec
     from picotron.planner.model import ModelSpec
     from picotron.planner.pipeline import Schedule
-    from picotron.planner.plan import TrainingPlan, Workload
+    from picotron.planner.plan import TrainingPlan
     from picotron.planner.predict import Prediction
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
     from picotron.planner.topology import Topology
+    from picotron.planner.workload import Workload
 
 __all__ = [
     "ClusterSpec",
@@ -40,7 +41,7 @@ _ROOMS = {
     "Schedule": "pipeline",
     "Topology": "topology",
     "TrainingPlan": "plan",
-    "Workload": "plan",
+    "Workload": "workload",
     "diff": "serialize",
     "fingerprint": "serialize",
     "load_plan": "serialize",

@@ -23,8 +23,9 @@ from picotron.planner.cluster import (
 )
 from picotron.planner.collectives import collective_seconds
 from picotron.planner.layout import local_numel
-from picotron.planner.plan import MOMENTS, TrainingPlan
+from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import Coordinate, group_size, groups
+from picotron.planner.workload import MOMENTS
 
 
 @frozen(kw_only=True)

@@ -12,29 +12,33 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from attrs import evolve, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.chart import (
+    ACTIVITIES,
+    FILLS,
+    UNIT_COSTS,
+    Bar,
+    clock_name,
+    column_activities,
+    compute_bars,
+    decimals,
+    human_bytes,
+    human_seconds,
+    rank_ranges,
+    round_values,
+    schedule_bars,
+    time_ticks,
+)
 from picotron.planner.memory import MemoryTimeline, memory_timeline
-from picotron.planner.pipeline import Action, Phase, Schedule
+from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
-from picotron.planner.program import Kind, Row, rows
+from picotron.planner.program import Row, rows
 from picotron.planner.timeline import Timeline
 from picotron.planner.topology import Coordinate, Topology, rank_of
 
 WIDTH = 100
-UNIT_COSTS = (1.0, 2.0)  # time units of one F and one B: two backward matmuls for each forward one
-
-FILLS: dict[str, str] = {
-    "idle": "·",
-    "forward": "░",
-    "backward": "▓",
-    "wait": "~",
-    "collective": "=",
-    "update": "u",
-}
-ACTIVITIES = tuple(FILLS)
 _MEANINGS: dict[str, str] = {
     "idle": "idle",
     "forward": "forward",
@@ -43,54 +47,10 @@ _MEANINGS: dict[str, str] = {
     "collective": "collective",
     "update": "update",
 }
-_ACTIVITY: dict[Kind, str] = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.COUNT: "collective",
-    Kind.NORM: "collective",
-    Kind.UPDATE: "update",
-}
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_SECOND_UNITS = (
-    ("d", 86_400.0),
-    ("h", 3600.0),
-    ("min", 60.0),
-    ("s", 1.0),
-    ("ms", 1e-3),
-    ("µs", 1e-6),
-    ("ns", 1e-9),
-)
 _MEMORY_LETTERS = {"parameters": "P", "gradients": "G", "optimizer": "O", "activations": "A", "other": "x"}
 _MEMORY_HEADS = ("params", "grads", "optim", "activ", "other", "peak")
-_CLOCKS = {"predicted": "virtual time, predicted"}
 _CLOSE_TO_SCALE = 8  # a capacity more than this many times the peak is named, not drawn
 LEGIBLE_COLUMNS = 4  # of a typical action where the whole step would not show it
-
-
-def human_bytes(size: int) -> str:
-    """Bytes for people, to three figures in binary units: ``12.0 GiB``."""
-    value, unit = abs(float(size)), 0
-    while round(value, _decimals(value)) >= 1024 and unit < len(_BYTE_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    sign = "-" if size < 0 else ""
-    return f"{sign}{value:.{_decimals(value) if unit else 0}f} {_BYTE_UNITS[unit]}"
-
-
-def human_seconds(seconds: float) -> str:
-    """Seconds for people, to three figures: ``63.9 ms``; minutes and longer units from two of them on."""
-    size = abs(seconds)
-    if size == 0:
-        return "0 s"
-    unit, scale = next(
-        (unit for unit in _SECOND_UNITS if size >= unit[1] * (2 if unit[1] > 1 else 0.9995)),
-        _SECOND_UNITS[-1],
-    )
-    return f"{seconds / scale:.{_decimals(size / scale)}f} {unit}"
-
-
-def _decimals(value: float) -> int:
-    """Decimals that leave three figures."""
-    return 2 if value < 9.995 else 1 if value < 99.95 else 0
 
 
 def _percent(fraction: float) -> str:
@@ -99,155 +59,6 @@ def _percent(fraction: float) -> str:
 
 def _rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
-
-
-def rank_ranges(ranks: Iterable[int]) -> str:
-    """Ascending ranks, runs shortened: ``0-3`` for neighbours, ``0-12:4`` for every fourth from 0 to 12."""
-    left, pieces = sorted(ranks), []
-    while left:
-        step = left[1] - left[0] if len(left) > 1 else 1
-        count = 1
-        while count < len(left) and left[count] - left[count - 1] == step:
-            count += 1
-        if count < 3 and step > 1:
-            count = 1
-        run, left = left[:count], left[count:]
-        stride = f":{step}" if step > 1 else ""
-        pieces.append(f"{run[0]}-{run[-1]}{stride}" if count > 1 else str(run[0]))
-    return ",".join(pieces)
-
-
-@frozen(kw_only=True)
-class Bar:
-    """What one rank does from ``start_seconds`` to ``end_seconds`` since the step began."""
-
-    rank: int
-    activity: str  # one of ACTIVITIES but "idle", which is where no bar stands
-    start_seconds: float
-    end_seconds: float
-    label: str = ""
-
-
-def compute_bars(timeline: Timeline, programs: Sequence[Sequence[Row]]) -> tuple[Bar, ...]:
-    """What holds each rank's compute stream, in order of rank and time.
-
-    ``programs``: the rows of each rank that the timeline names. Of a WAIT counts only the part in which its
-    transfer or reduction was under way; before that the rank idles until another one posts.
-    """
-    origin, bars = float(timeline.start.min()), []
-    under_way = {(rank, row): (start, end) for rank, row, stream, start, end in _spans(timeline) if stream}
-    several = _several_stages(programs)
-    for rank, index, stream, start, end in _spans(timeline):
-        row = programs[rank][index]
-        if stream == 0 and row.kind is Kind.WAIT:
-            first, last = under_way.get((rank, row.target), (start, end))
-            start, end = max(start, first), min(end, last)
-        if stream == 0 and end > start:
-            bars.append(
-                Bar(
-                    rank=rank,
-                    activity=_ACTIVITY.get(row.kind, "wait"),
-                    start_seconds=start - origin,
-                    end_seconds=end - origin,
-                    label=_row_label(row, several),
-                )
-            )
-    return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
-
-
-def background_bars(timeline: Timeline, programs: Sequence[Sequence[Row]]) -> tuple[Bar, ...]:
-    """Transfers and reductions under way beside the computing, in order of rank and time."""
-    origin = float(timeline.start.min())
-    found = (
-        Bar(
-            rank=rank,
-            activity="wait" if programs[rank][index].kind is not Kind.REDUCE else "collective",
-            start_seconds=start - origin,
-            end_seconds=end - origin,
-            label=str(programs[rank][index]),
-        )
-        for rank, index, stream, start, end in _spans(timeline)
-        if stream and end > start
-    )
-    return tuple(sorted(found, key=lambda bar: (bar.rank, bar.start_seconds, bar.label)))
-
-
-def _spans(timeline: Timeline) -> list[tuple[int, int, int, float, float]]:
-    """(rank, row, stream, start, end) of whole rows."""
-    whole = timeline.operation == -1
-    columns = (timeline.rank, timeline.row, timeline.stream, timeline.start, timeline.end)
-    return list(zip(*(column[whole].tolist() for column in columns), strict=True))
-
-
-def _several_stages(programs: Sequence[Sequence[Row]]) -> bool:
-    """Whether some rank holds more than one stage, so that labels must name it."""
-    return any(
-        len({row.stage for row in own if row.kind in (Kind.FORWARD, Kind.BACKWARD)}) > 1 for own in programs
-    )
-
-
-def _row_label(row: Row, several: bool) -> str:
-    if row.kind in (Kind.FORWARD, Kind.BACKWARD):
-        text = str(row)
-        return text if several else text.removeprefix(str(row.stage))
-    return "" if row.kind is Kind.WAIT else row.kind.name.lower()
-
-
-def schedule_bars(schedule: Schedule, costs: tuple[float, float] = UNIT_COSTS) -> tuple[Bar, ...]:
-    """The schedule run as early as it can be, transfers free; times are units of ``costs``, an F and a B.
-
-    Raises PlanError where the ranks wait for each other.
-    """
-    ended: dict[Action, float] = {}
-    bars: list[Bar] = []
-    clock, at = [0.0] * schedule.num_ranks, [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(schedule.orders):
-            while at[rank] < len(order) and (ready := _ready(schedule, order[at[rank]], ended)) is not None:
-                action = order[at[rank]]
-                start = max(clock[rank], ready)
-                clock[rank] = ended[action] = start + costs[action.phase is Phase.BACKWARD]
-                bars.append(_action_bar(schedule, action, rank, start, clock[rank]))
-                at[rank] += 1
-                moved = True
-    stuck = [(rank, order[at[rank]]) for rank, order in enumerate(schedule.orders) if at[rank] < len(order)]
-    if stuck:
-        where = "; ".join(f"rank {rank} at {action}" for rank, action in stuck)
-        raise PlanError(f"the ranks of this schedule wait for each other: {where}")
-    return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
-
-
-def _ready(schedule: Schedule, action: Action, ended: dict[Action, float]) -> float | None:
-    """When the stage before, in the direction of the action, hands its result over; None: not yet known."""
-    before = action.stage + (-1 if action.phase is Phase.FORWARD else 1)
-    if not 0 <= before < schedule.num_stages:
-        return 0.0
-    return ended.get(evolve(action, stage=before))
-
-
-def _action_bar(schedule: Schedule, action: Action, rank: int, start: float, end: float) -> Bar:
-    """The bar of one action; its name gives the stage only where a rank holds several."""
-    several = schedule.num_stages > schedule.num_ranks
-    return Bar(
-        rank=rank,
-        activity="forward" if action.phase is Phase.FORWARD else "backward",
-        start_seconds=start,
-        end_seconds=end,
-        label=str(action) if several else f"{action.phase}{action.microbatch}",
-    )
-
-
-def column_activities(bars: Iterable[Bar], *, span_seconds: float, columns: int) -> list[str]:
-    """For one rank's bars, the activity that takes most of each of ``columns`` equal shares of the span."""
-    taken = np.zeros((len(ACTIVITIES), columns))
-    for bar in bars:
-        first, last = (time / span_seconds * columns for time in (bar.start_seconds, bar.end_seconds))
-        for column in range(int(first), min(columns, math.ceil(last))):
-            taken[ACTIVITIES.index(bar.activity), column] += min(last, column + 1) - max(first, column)
-    taken[0] = 1.0 - taken[1:].sum(axis=0)
-    return [ACTIVITIES[index] for index in taken.argmax(axis=0).tolist()]
 
 
 def _chart_rows(own: dict[int, list[Bar]], *, span_seconds: float, columns: int) -> list[str]:
@@ -274,20 +85,6 @@ def _chart_rows(own: dict[int, list[Bar]], *, span_seconds: float, columns: int)
                 cells[first:last] = bar.label.ljust(last - first, FILLS[bar.activity])
         out.append("".join(cells))
     return out
-
-
-def time_ticks(span_seconds: float, most: int) -> tuple[tuple[float, str], ...]:
-    """At most ``most`` + 1 round times from 0 to the span, each in seconds and as text with its unit."""
-    unit, scale = next((unit for unit in _SECOND_UNITS[3:] if span_seconds >= unit[1]), _SECOND_UNITS[-1])
-    return tuple((value * scale, f"{value:g} {unit}") for value in _round_values(span_seconds / scale, most))
-
-
-def _round_values(span: float, most: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 to ``span``."""
-    power = math.floor(math.log10(span)) - 3
-    steps = (digit * 10.0**exponent for exponent in range(power, power + 6) for digit in (1, 2, 5))
-    step = next(step for step in steps if span / step <= max(1, most))
-    return [index * step for index in range(math.floor(span / step * (1 + 1e-12)) + 1)]
 
 
 def _axis(ticks: Iterable[tuple[int, str]], first: int, stop: int) -> str:
@@ -331,7 +128,7 @@ def draw_schedule(schedule: Schedule, costs: tuple[float, float] | None = None, 
     windows = _windows(columns, room=width - margin, unit_columns=unit_columns)
     span, own = columns / unit_columns, _by_rank(bars, range(schedule.num_ranks))
     texts = _chart_rows(own, span_seconds=span, columns=columns)
-    ticks = [(_nearest(at * unit_columns), f"{at:g}") for at in _round_values(units, columns // 10)]
+    ticks = [(_nearest(at * unit_columns), f"{at:g}") for at in round_values(units, columns // 10)]
     shown = " and ".join(f"{first / unit_columns:g}-{stop / unit_columns:g}" for first, stop in windows)
     return _joined(
         [
@@ -405,11 +202,6 @@ def _visible_columns(bars: Iterable[Bar], *, span_seconds: float, room: int) -> 
     if typical / span_seconds * room >= 1:
         return room
     return math.ceil(span_seconds / typical * LEGIBLE_COLUMNS)
-
-
-def clock_name(timeline: Timeline) -> str:
-    """What kind of seconds the timeline's are, for people."""
-    return _CLOCKS.get(timeline.clock, f"{timeline.clock} clock")
 
 
 def _joined(lines: Iterable[str], width: int) -> str:
@@ -538,7 +330,7 @@ def draw_memory(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     ]
     for name, split in zip(names, splits, strict=True):
         numbers = [*split.values(), sum(split.values())]
-        texts = "".join(f"{number / unit_bytes:8.{_decimals(peak / unit_bytes)}f}" for number in numbers)
+        texts = "".join(f"{number / unit_bytes:8.{decimals(peak / unit_bytes)}f}" for number in numbers)
         bar = _memory_bar(split, scale, bar_columns, capacity if drawn else None)
         lines.append(f"{name.ljust(margin)}{texts}  {bar}")
     lines.append(", ".join(f"{letter} {name}" for name, letter in _MEMORY_LETTERS.items()))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from xml.sax.saxutils import escape
 
-from picotron.planner.draw import (
+from picotron.planner.chart import (
     ACTIVITIES,
     Bar,
     background_bars,
@@ -19,9 +19,9 @@ from picotron.planner.draw import (
     column_activities,
     compute_bars,
     human_seconds,
-    stage_contents,
     time_ticks,
 )
+from picotron.planner.draw import stage_contents
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
 from picotron.planner.program import Row, rows

@@ -15,9 +15,10 @@ from attrs import cmp_using, define, field, frozen
 
 from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_memory
 from picotron.planner.layout import counts_in_norm, local_numel
-from picotron.planner.plan import MOMENTS, TrainingPlan
+from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import STATISTICS_BYTES, Kind, Row, rows
 from picotron.planner.topology import Coordinate, coordinate
+from picotron.planner.workload import MOMENTS
 
 STEP_COUNTER_BYTES = 4  # Adam keeps one fp32 step count a parameter tensor
 

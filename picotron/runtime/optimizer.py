@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from picotron.planner.layout import Placement, counts_in_norm
-from picotron.planner.plan import Workload
 from picotron.planner.topology import Coordinate
+from picotron.planner.workload import Workload
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -200,7 +201,7 @@ def wait_cycle(absent: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
 
 
 @define(eq=False, kw_only=True)
-class Operation:
+class Operation(ABC):
     """Something a rank can wait for: complete once ``end_seconds`` is set, failed once ``problem`` is."""
 
     number: int  # in its group, or on its channel
@@ -208,10 +209,10 @@ class Operation:
     problem: str | None = None
     waiting: list[Task] = field(factory=list)
 
+    @abstractmethod
     def describe(self) -> str:
         """As reports name it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absent(self) -> tuple[int, ...]:
         """The ranks whose part is missing."""
-        raise NotImplementedError

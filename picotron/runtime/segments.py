@@ -7,6 +7,7 @@ x and y are [tokens, hidden], a tensor-parallel share of the tokens under sequen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +72,7 @@ class Context:
         return start, stop - start
 
 
-class SegmentRunner:
+class SegmentRunner(ABC):
     """Common to all segments: its parameters by the last two words of their names, and its norm."""
 
     def __init__(self, context: Context, segment: Segment) -> None:
@@ -89,13 +90,13 @@ class SegmentRunner:
         weight, bias = sorted(names, reverse=True)
         return LayerNorm(self.w[weight], self.d[weight], self.w[bias], self.d[bias], eps)
 
+    @abstractmethod
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        raise NotImplementedError
 
     def _normed(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
         """The gathered norm of x; saves x and the norm's statistics."""

@@ -19,7 +19,8 @@ from picotron.planner.cost import (
     update_seconds,
 )
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.workload import Workload
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -10,33 +10,36 @@ from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner import draw
-from picotron.planner.cluster import ClusterSpec
-from picotron.planner.draw import (
-    WIDTH,
+from picotron.planner.chart import (
     Bar,
     background_bars,
     column_activities,
     compute_bars,
+    human_bytes,
+    human_seconds,
+    rank_ranges,
+    time_ticks,
+)
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.draw import (
+    WIDTH,
     draw_grid,
     draw_memory,
     draw_plan,
     draw_prediction,
     draw_schedule,
     draw_timeline,
-    human_bytes,
-    human_seconds,
-    rank_ranges,
     stage_contents,
     stage_memory,
-    time_ticks,
 )
 from picotron.planner.draw_svg import schedule_svg, timeline_svg
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import afab, one_f_one_b, schedule_from_csv
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import Kind, Row, rows
 from picotron.planner.timeline import Timeline, make_timeline
+from picotron.planner.workload import Workload
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,9 +10,10 @@ import pytest
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.program import Kind, rows
 from picotron.planner.topology import Coordinate
+from picotron.planner.workload import Workload
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

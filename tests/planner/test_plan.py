@@ -12,8 +12,9 @@ from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import one_f_one_b, schedule_from_csv
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.topology import Coordinate
+from picotron.planner.workload import Workload
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

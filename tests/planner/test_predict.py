@@ -11,8 +11,9 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.cost import stage_cost
 from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import model_flops, planned_payloads, predict
+from picotron.planner.workload import Workload
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

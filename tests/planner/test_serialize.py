@@ -13,7 +13,7 @@ from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import schedule_from_csv
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.records import read_json, write_text
 from picotron.planner.serialize import (
     Difference,
@@ -25,6 +25,7 @@ from picotron.planner.serialize import (
     save_plan,
     schedule_digest,
 )
+from picotron.planner.workload import Workload
 
 TWO_ROUNDS = "0F0,0F1,0B1,0B0\n1F0,1F1,1B1,1B0\n"  # backward in the order of no known schedule
 

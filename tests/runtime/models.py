@@ -16,10 +16,11 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.layout import Placement
 from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
-from picotron.planner.plan import TrainingPlan, Workload, plan
+from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import planned_payloads
 from picotron.planner.program import execution_order, rows
 from picotron.planner.topology import coordinate
+from picotron.planner.workload import Workload
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import step_batches
 from picotron.runtime.layout import WeightSource, assemble, slice_of
