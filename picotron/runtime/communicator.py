@@ -24,6 +24,7 @@ class Communicator:
         self._planned: Sequence[Operation] = ()
         self._cursor = 0
         self._action, self._row = "", -1
+        self.measuring = False  # live memory: then no operation may hold a tensor beyond its end
 
     def open(self, action: str, row: int, planned: Sequence[Operation]) -> None:
         """Enter a segment of ``row`` whose collectives are ``planned``."""
@@ -39,17 +40,17 @@ class Communicator:
     def all_reduce(self, tensor: torch.Tensor, group: str, op: str = "sum") -> None:
         """Reduce ``tensor`` in place over ``group``."""
         self._expect("all_reduce", group, tensor)
-        self.backend.all_reduce(tensor, self._group(group), op).wait()
+        self._finish(self.backend.all_reduce(tensor, self._group(group), op))
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
         """Gather ``input`` into ``output`` along dim 0."""
         self._expect("all_gather", group, output)
-        self.backend.all_gather(output, input, self._group(group)).wait()
+        self._finish(self.backend.all_gather(output, input, self._group(group)))
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
         """Sum ``input`` over ``group``, this rank's part of dim 0 into ``output``."""
         self._expect("reduce_scatter", group, input)
-        self.backend.reduce_scatter(output, input, self._group(group)).wait()
+        self._finish(self.backend.reduce_scatter(output, input, self._group(group)))
 
     def start_all_reduce(self, tensor: torch.Tensor, group: str, planned_bytes: int) -> Handle:
         """Post the sum of ``tensor`` over ``group``, a row of the program with ``planned_bytes``."""
@@ -65,6 +66,11 @@ class Communicator:
         """Post a receive from world rank ``peer``, a row of the program with ``planned_bytes``."""
         self._count("recv", "pp", tensor, planned_bytes)
         return self.backend.recv(tensor, peer, channel)
+
+    def _finish(self, handle: Handle) -> None:
+        handle.wait()
+        if self.measuring:
+            self.backend.settle()
 
     def _group(self, name: str) -> Group:
         try:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 TIMEOUT_SECONDS = 600.0
-SETTLE_SECONDS = 2e-3
+SETTLE_SECONDS = 3e-3
 
 GLOO = Capabilities(name="gloo", virtual_time=False, fused_reduce_scatter=False)
 NCCL = Capabilities(name="nccl", virtual_time=False, fused_reduce_scatter=True)

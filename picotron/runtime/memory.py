@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from threading import RLock
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._counting = RLock()  # a backend's own thread may be the one that lets go of a storage
         for tensor in standing:
             self._note(tensor)
 
@@ -45,10 +47,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        with self._counting:
+            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.live_bytes -= size
+        with self._counting:
+            del self._known[key]
+            self.live_bytes -= size

@@ -184,10 +184,12 @@ class Session:
 
         Raises LossError, before any weight changes, where loss or gradient norm is not finite.
         """
+        self._check_batches(batches)
         tracker = MemoryTracker(self.standing_tensors()) if measure_memory else None
         walk = _Walk(batches, tracker, self.backend.mark(), {}, None, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
+        self.communicator.measuring = measure_memory
         self.statistics.zero_()
         for flat in self.flat_gradients:
             flat.zero_()
@@ -211,6 +213,16 @@ class Session:
         )
         self.num_steps += 1
         return result
+
+    def _check_batches(self, batches: Sequence[HostBatch]) -> None:
+        """Raise ExecutionError unless they are the microbatches that the plan runs."""
+        shape = self.plan.micro_batch, self.plan.workload.seq_len
+        got = [batch.ids.shape for batch in batches]
+        if got != [shape] * self.plan.num_microbatches:
+            raise ExecutionError(
+                f"a step needs {self.plan.num_microbatches} microbatches of shape {shape}, got shapes {got}",
+                rank=self.backend.rank,
+            )
 
     def _run(self, walk: _Walk, index: int, row: Row) -> None:
         """One row; what it did is recorded."""

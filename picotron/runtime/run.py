@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
+import numpy as np
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
@@ -21,6 +22,7 @@ from picotron.runtime.pipeline import Session, StepResult
 RUNNABLE_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 RUNNABLE_PRECISIONS = ("fp32", "fp64")
 RUNNABLE_SCALINGS = ("linear", "llama3")
+MEMORY_REPEATS = 3  # steps whose memory is measured where a backend has threads of its own
 
 Observer = Callable[[Session, StepResult], None]
 
@@ -156,17 +158,18 @@ def run_rank(
     """
     session = session or Session(plan, backend, weights)
     results: list[StepResult] = []
-    measured: StepResult | None = None
+    repeats = 1 if backend.capabilities.virtual_time else MEMORY_REPEATS
+    measured: list[StepResult] = []
     for step in range(steps):
         batches = step_batches(
             plan, dataset, consumed=step * plan.workload.global_batch, dp_index=session.where.dp
         )
-        result = session.step(batches, measure_memory=step == measure_step)
-        measured = result if step == measure_step else measured
+        watched = measure_step <= step < measure_step + repeats
+        result = session.step(batches, measure_memory=watched)
+        measured += [result] if watched else []
         results.append(_light(result))
         if on_step is not None:
             on_step(session, result)
-    assert measured is not None
     return _measurement(plan, backend, results, measured)
 
 
@@ -175,16 +178,31 @@ def _light(result: StepResult) -> StepResult:
     return evolve(result, entries=(), memory=None)
 
 
-def _typical_cpu_seconds(results: Sequence[StepResult], measured: StepResult) -> float:
-    """Median over the steps that ran undisturbed: not the first, not the one whose memory was measured."""
-    undisturbed = [r.cpu_seconds for r in results[1:] if r.step != measured.step]
-    return median(undisturbed or [measured.cpu_seconds])
+def _typical_cpu_seconds(results: Sequence[StepResult], measured: Sequence[StepResult]) -> float:
+    """Median over the steps that ran undisturbed: not the first, none whose memory was measured."""
+    watched = {result.step for result in measured}
+    undisturbed = [r.cpu_seconds for r in results[1:] if r.step not in watched]
+    return median(undisturbed or [measured[0].cpu_seconds])
+
+
+def least_memory(timelines: Sequence[MemoryTimeline]) -> MemoryTimeline:
+    """The least of several measurements of one step's memory, moment by moment.
+
+    A backend's own threads may let go of a tensor late, which adds to a measurement and never takes away.
+    """
+    return evolve(
+        timelines[0],
+        live_bytes=np.min([timeline.live_bytes for timeline in timelines], axis=0),
+        peak_bytes=np.min([timeline.peak_bytes for timeline in timelines], axis=0),
+    )
 
 
 def _measurement(
-    plan: TrainingPlan, backend: Backend, results: Sequence[StepResult], measured: StepResult
+    plan: TrainingPlan, backend: Backend, results: Sequence[StepResult], measured: Sequence[StepResult]
 ) -> Measurement:
-    gathered = backend.gather_objects((measured, _typical_cpu_seconds(results, measured)))
+    memory = least_memory([result.memory for result in measured if result.memory is not None])
+    own = evolve(measured[0], memory=memory)
+    gathered = backend.gather_objects((own, _typical_cpu_seconds(results, measured)))
     reports: list[tuple[StepResult, float]] = cast(Any, gathered)
     clock = "virtual" if backend.capabilities.virtual_time else "host"
     return Measurement(
@@ -195,7 +213,7 @@ def _measurement(
         grad_norms=tuple(result.grad_norm for result in results),
         tokens=tuple(result.num_tokens for result in results),
         seconds=tuple(result.seconds for result in results),
-        measured_step=measured.step,
+        measured_step=own.step,
         cpu_seconds_by_rank=tuple(cpu_seconds for _, cpu_seconds in reports),
         payload_bytes_by_rank=tuple(report.payload_bytes for report, _ in reports),
         rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report, _ in reports),

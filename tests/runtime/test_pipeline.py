@@ -270,3 +270,20 @@ def test_a_rank_that_fails_ends_the_others() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         simulate(main, 4, timeout_seconds=30.0)
     assert caught.value.__notes__ == ["raised on simulated rank 3 of 4"]
+
+
+def test_batches_that_are_not_the_plans_are_refused() -> None:
+    """Too few microbatches, or another sequence length, name the rank and the rule before anything runs."""
+    made = tiny_plan(tiny_model("llama"), tiny_workload(global_batch=2))
+
+    def main(backend: Backend) -> list[str]:
+        session, messages = Session(made, backend), []
+        for batches in ([collate([np.arange(9)], 8)], [collate([np.arange(5)], 4)] * 2):
+            with pytest.raises(ExecutionError) as caught:
+                session.step(batches)
+            messages.append(str(caught.value))
+        return messages
+
+    few, short = simulate(main, 1)[0]
+    assert few == "rank 0: a step needs 2 microbatches of shape (1, 8), got shapes [(1, 8)]"
+    assert "got shapes [(1, 4), (1, 4)]" in short
