@@ -15,11 +15,19 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from statistics import median
 
+import numpy as np
 import torch
 from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec, DeviceSpec, Efficiency, LinkSpec, Peaks
+from picotron.planner.model import ModelSpec
+from picotron.planner.plan import plan
+from picotron.planner.workload import Workload
+from picotron.runtime.backend import Backend
+from picotron.runtime.data import step_batches
+from picotron.runtime.pipeline import Session
+from picotron.runtime.simulated import simulate
 
 Progress = Callable[[str], None]
 
@@ -47,6 +55,18 @@ MATMULS = (
 )
 _ROWS, _WIDTH = 4096, 2048  # 32 MiB in fp32, so that a kernel's tensors exceed the caches
 _MESSAGE_BYTES = (2**18, 2**20, 2**22)
+_SMALLEST = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 _CALLS = 100  # of what is too short for the clock
 
 
@@ -91,10 +111,10 @@ def calibrate(
     """The CPU we run on, measured for about ``seconds``, as one node named "this-cpu".
 
     The peaks are the best of a few training shapes (for ``precision`` only), memory-bound kernels and message
-    sizes; the efficiencies are the median over the best. A kernel's fixed cost is that of a tiny one in an
-    eager forward and backward. The link is a copy in memory, which is how simulated ranks send. ``progress``
-    is told the name of each measurement before it starts. Raises PlanError if ``precision`` is not one of
-    DTYPES.
+    sizes; the efficiencies are the median over the best. A kernel's fixed cost is that of this runtime's own,
+    in a training step of tiny tensors. The link is a copy in memory, which is how simulated ranks send.
+    ``progress`` is told the name of each measurement before it starts. Raises PlanError if ``precision`` is
+    not one of DTYPES.
     """
     if precision not in DTYPES:
         raise PlanError(f"precision must be one of {tuple(DTYPES)} on a CPU, got {precision!r}")
@@ -102,11 +122,14 @@ def calibrate(
         raise PlanError(f"num_ranks and seconds must be positive, got {num_ranks} and {seconds}")
     with _one_thread(), torch.no_grad():
         works = _works(DTYPES[precision])
-        num_works = sum(map(len, works.values()))
+        num_works = sum(map(len, works.values())) + 1
         rates = {
             group: [_rate(name, *work, seconds / num_works, progress) for name, work in members.items()]
             for group, members in works.items()
         }
+        rates["kernel"] = simulate(
+            lambda rank: [_rate("smallest step", *_smallest_step(rank), seconds / num_works, progress)], 1
+        )[0]
     return _measured_cluster(precision, rates, num_ranks)
 
 
@@ -118,7 +141,6 @@ def _works(dtype: torch.dtype) -> dict[str, dict[str, _Work]]:
     return {
         "matmul": {f"matmul {m}x{k}x{n}": _matmul(m, k, n, dtype) for m, k, n in MATMULS},
         "memory": _memory_works(),
-        "kernel": {"small kernels": _small_kernels()},
         "message": {f"copy of {size} bytes": _copy(size) for size in _MESSAGE_BYTES},
         "latency": {"copies of 4 bytes": _small_copies()},
     }
@@ -142,18 +164,16 @@ def _memory_works() -> dict[str, _Work]:
     }
 
 
-def _small_kernels() -> _Work:
-    """A chain of tiny kernels forward, and one for each backward."""
-    start = torch.ones(16, requires_grad=True)
-
-    def forward_and_backward() -> None:
-        with torch.enable_grad():
-            end = start
-            for _ in range(_CALLS):
-                end = torch.nn.functional.silu(end)
-            torch.autograd.grad(end.sum(), start)
-
-    return forward_and_backward, 2 * _CALLS
+def _smallest_step(backend: Backend) -> _Work:
+    """A training step whose tensors are tiny, so that what it takes is the fixed cost of its operations."""
+    model = ModelSpec.from_hf(_SMALLEST)
+    one = ClusterSpec.preset("cpu", devices_per_node=1)
+    work = Workload(global_batch=4, seq_len=4, precision="fp32")
+    smallest = plan(model, one, work)
+    batches = step_batches(smallest, [np.arange(5)], consumed=0, dp_index=0)
+    session = Session(smallest, backend)
+    operations = [op for body in smallest.bodies(0) for segment in body.segments for op in segment.operations]
+    return lambda: session.step(batches), smallest.num_microbatches * sum(op.kernels for op in operations)
 
 
 def _copy(size_bytes: int) -> _Work:
