@@ -171,3 +171,12 @@ def test_calibrate_writes_a_cluster_that_plans_read(tmp_path: Path, capsys: pyte
     assert "measuring matmul" in capsys.readouterr().err
     cluster = pt.ClusterSpec.parse(str(file))
     assert (cluster.num_devices, cluster.device.kind) == (2, "cpu")
+
+
+def test_a_launchers_environment_that_makes_no_sense_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A rank that is no number names the variable."""
+    monkeypatch.setenv("RANK", "x")
+    assert main(["train", "plan.json"]) == 2
+    assert "the environment's RANK must be a whole number, got 'x'" in capsys.readouterr().err

@@ -80,6 +80,16 @@ def default_plan() -> TrainingPlan:
     )
 
 
+def environment_number(name: str, default: int) -> int:
+    """The whole number that the launcher put into the environment. Raises PlanError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise PlanError(
+            f"the environment's {name} must be a whole number, got {text!r}; launch with torchrun"
+        )
+    return int(text)
+
+
 def chosen_backend(asked: str | None) -> str:
     """What the user named; else what the launcher makes plain."""
     if asked is not None:
@@ -88,7 +98,7 @@ def chosen_backend(asked: str | None) -> str:
         return "simulated"
     import torch
 
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    ranks_here = environment_number("LOCAL_WORLD_SIZE", environment_number("WORLD_SIZE", 1))
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here else "gloo"
 
 
@@ -100,15 +110,15 @@ def _execute(arguments: argparse.Namespace) -> None:
     from picotron.runtime.train import check_request, new_run_folder, train
     from picotron.runtime.weights import saved_weights
 
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = environment_number("RANK", 0) == 0
     talk = first and not arguments.json
     if talk and arguments.plan is None:
         print("measuring this machine for the estimate ...", file=sys.stderr)
     chosen = default_plan() if arguments.plan is None else read_plan(arguments.plan)
     dataset = _dataset(arguments.data, chosen.workload.seq_len)
-    folder = Path(arguments.out) if arguments.out else new_run_folder("runs", chosen.model.name)
+    folder = Path(arguments.out) if arguments.out is not None else new_run_folder("runs", chosen.model.name)
     backend = chosen_backend(arguments.backend)
-    weights = saved_weights(arguments.weights) if arguments.weights else None
+    weights = None if arguments.weights is None else saved_weights(arguments.weights)
     if first:
         check_request(
             chosen,

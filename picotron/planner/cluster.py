@@ -36,6 +36,8 @@ from picotron.errors import PlanError
 from picotron.planner.records import hint, read_json, strict_converter, structured
 
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
+MOST_DEVICES = 2**17
+LARGEST_COUNT = 2**62
 KINDS_OF_DEVICE = ("cuda", "rocm", "cpu")
 
 
@@ -65,6 +67,8 @@ def _fraction(instance: object, attribute: Attribute[Any], value: object) -> Non
 def _count(instance: object, attribute: Attribute[Any], value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(f"{_named(instance, attribute)} must be an integer of at least 1, got {value!r}")
+    if value > LARGEST_COUNT:
+        raise PlanError(f"{_named(instance, attribute)} must be at most {LARGEST_COUNT}")
 
 
 def _text(instance: object, attribute: Attribute[Any], value: object) -> None:
@@ -144,6 +148,11 @@ class ClusterSpec:
     intra_node: LinkSpec = field(validator=instance_of(LinkSpec))
     inter_node: LinkSpec = field(validator=instance_of(LinkSpec))
     efficiency: Efficiency = field(validator=instance_of(Efficiency))
+
+    @efficiency.validator
+    def _not_too_many(self, _: Attribute[Any], __: Efficiency) -> None:
+        if self.num_devices > MOST_DEVICES:
+            raise PlanError(f"a cluster may have at most {MOST_DEVICES:,} devices, got {self.num_devices:,}")
 
     @property
     def num_devices(self) -> int:

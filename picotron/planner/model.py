@@ -53,6 +53,8 @@ __all__ = [
     "to_hf",
 ]
 
+MOST_PARTS = 10_000  # layers, or experts of a layer: each is listed by name
+
 # What a family fixes: field, then the only value it takes.
 _FIXED: Mapping[Family, Mapping[str, Any]] = {
     "llama": {"qk_norm": False},
@@ -101,6 +103,12 @@ class ModelSpec:
 
     @latent_attention.validator
     def _check_together(self, _: Attribute[Any], __: LatentAttention | None) -> None:
+        for name, count in (
+            ("num_layers", self.num_layers),
+            ("num_experts", self.experts.num_experts if self.experts else 1),
+        ):
+            if count > MOST_PARTS:
+                raise PlanError(f"{name} must be at most {MOST_PARTS:,}, got {count:,}")
         _check_family(self)
         _check_heads(self)
         _check_experts(self)

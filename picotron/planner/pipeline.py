@@ -18,6 +18,8 @@ from attrs import Attribute, field, frozen
 
 from picotron.errors import PlanError
 
+MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
+
 
 class Phase(StrEnum):
     """What an action computes."""
@@ -126,6 +128,12 @@ def _one_stage_a_rank(
     if num_ranks < 1 or num_microbatches < 1:
         raise PlanError(
             f"a schedule needs at least one rank and one microbatch, got {num_ranks} and {num_microbatches}"
+        )
+
+    if 2 * num_ranks * num_microbatches > MAX_ACTIONS:
+        raise PlanError(
+            f"a schedule may have at most {MAX_ACTIONS:,} actions, two for each microbatch and stage, "
+            f"got {2 * num_ranks * num_microbatches:,}; use fewer microbatches"
         )
 
     def order(rank: int) -> Iterable[Action]:

@@ -18,7 +18,14 @@ from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
 from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
 from picotron.planner.model import ModelSpec, Segment, segments
-from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule, schedule_from_csv, stage_split
+from picotron.planner.pipeline import (
+    MAX_ACTIONS,
+    SCHEDULES,
+    Schedule,
+    make_schedule,
+    schedule_from_csv,
+    stage_split,
+)
 from picotron.planner.program import Program, lower
 from picotron.planner.stage import backward_body, forward_body
 from picotron.planner.tensor import check_tensor_parallel
@@ -27,10 +34,11 @@ from picotron.planner.validators import is_size
 from picotron.planner.workload import FORMATS, Format, Workload, whole
 
 SCHEMA_VERSION = 1
-MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
 
 
 def _layers(value: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list):
+        raise PlanError(f"stage_layers must be a sequence of whole numbers, got {value!r}")
     return tuple(value)
 
 
@@ -60,6 +68,13 @@ class TrainingPlan:
 
     @chosen.validator
     def _consistent(self, _: Attribute[object], __: object) -> None:
+        for name, kind in (
+            ("model", ModelSpec),
+            ("cluster", ClusterSpec),
+            ("workload", Workload),
+            ("topology", Topology),
+        ):
+            _check_kind(name, getattr(self, name), kind, "build the plan with plan(...)")
         if not all(map(is_size, self.stage_layers)):
             raise PlanError(f"every stage needs a layer, got stage_layers={self.stage_layers}")
         if not isinstance(self.sequence_parallel, bool):
@@ -216,6 +231,9 @@ def plan(
     and the tokens can be cut, and layers are split so that the dearest stage costs least. Raises PlanError
     for a request that cannot be met.
     """
+    _check_kind("model", model, ModelSpec, "use ModelSpec.from_hf(...)")
+    _check_kind("cluster", cluster, ClusterSpec, "use ClusterSpec.preset(...) or ClusterSpec.parse(...)")
+    _check_kind("work", work, Workload, "use Workload(global_batch=..., seq_len=...)")
     chosen = []
     if dp is None:
         rest = Topology(pp=pp, cp=cp, tp=tp).world_size
@@ -234,7 +252,7 @@ def plan(
                 f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage"
             )
     custom = schedule if isinstance(schedule, Schedule) else None
-    if custom is None and schedule not in SCHEDULES:
+    if custom is None and (not isinstance(schedule, str) or schedule not in SCHEDULES):
         raise PlanError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     return TrainingPlan(
         model=model,
@@ -249,6 +267,11 @@ def plan(
         bucket_bytes=bucket_bytes,
         chosen=tuple(chosen),
     )
+
+
+def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        raise PlanError(f"{name} must be a {kind.__name__}, got {type(value).__name__}; {remedy}")
 
 
 def _check_schedule(schedule: Schedule, num_ranks: int, num_microbatches: int) -> None:

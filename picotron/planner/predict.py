@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrs import evolve, field, frozen
 
+from picotron.errors import PlanError
 from picotron.planner.body import collective_bytes
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost
@@ -15,6 +16,7 @@ from picotron.planner.timeline import Durations, Timeline, bubble_seconds, durat
 from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
+MAX_STEP_SECONDS = 1e15
 
 
 @frozen(kw_only=True)
@@ -60,11 +62,21 @@ class Prediction:
 
 
 def predict(plan: TrainingPlan) -> Prediction:
-    """The prediction for one step of ``plan`` in the steady state."""
+    """The prediction for one step of ``plan`` in the steady state.
+
+    Raises PlanError for what is no plan, or where the cluster's numbers give no time that can be told.
+    """
+    if not isinstance(plan, TrainingPlan):
+        raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     program = plan.program()
     seconds = durations(plan, program)
     timeline = simulate_program(program, seconds)
     step_seconds = timeline.makespan_seconds
+    if not 0 < step_seconds < MAX_STEP_SECONDS:
+        raise PlanError(
+            f"a step must take between 0 and {MAX_STEP_SECONDS:.0e} seconds, got {step_seconds}; "
+            "look at the cluster's rates and efficiencies"
+        )
     tokens = plan.workload.global_batch * plan.workload.seq_len
     bubbles = bubble_seconds(plan.schedule, seconds.stages)
     work = _compute_seconds(plan, seconds)

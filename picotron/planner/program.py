@@ -70,7 +70,10 @@ _COLUMNS = Row._fields
 
 
 def _read_only(column: Sequence[int]) -> np.ndarray:
-    array = np.asarray(column, dtype=np.int64)
+    try:
+        array = np.asarray(column, dtype=np.int64)
+    except OverflowError:
+        raise PlanError("a row's bytes must fit in 64 bits; the model or the batch is too large") from None
     array.setflags(write=False)
     return array
 

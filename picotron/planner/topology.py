@@ -37,6 +37,8 @@ def _degree(instance: object, attribute: Attribute[int], value: int) -> None:
 
 
 def _words(value: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
+        raise PlanError(f"order must be a sequence of axes, slowest first, got {value!r}")
     return tuple(value)
 
 

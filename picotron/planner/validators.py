@@ -10,6 +10,8 @@ from attrs import Attribute
 
 from picotron.errors import PlanError
 
+LARGEST = 2**48  # of any size: what follows from it stays within 64 bits
+
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
 
@@ -35,8 +37,8 @@ def none_or(kind: type) -> Validator:
 
 
 def is_size(value: object, least: int = 1) -> bool:
-    """Whether ``value`` is an integer of at least ``least`` (True is not one)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether ``value`` is an integer from ``least`` to LARGEST (True is not one)."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 def is_positive(value: object) -> bool:

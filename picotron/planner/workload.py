@@ -9,6 +9,7 @@ from typing import Any, Literal
 from attrs import Attribute, field, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.validators import LARGEST
 
 Precision = Literal["bf16", "fp32", "fp64"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -35,12 +36,16 @@ MOMENTS: dict[str, int] = {"adamw": 2, "sgd": 0}
 Validator = Callable[[object, "Attribute[Any]", Any], None]
 
 
-def whole(minimum: int) -> Validator:
-    """A validator that takes whole numbers of at least ``minimum``."""
+def whole(minimum: int, maximum: int = LARGEST) -> Validator:
+    """A validator that takes whole numbers from ``minimum`` to ``maximum``."""
 
     def check(instance: object, attribute: Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise PlanError(f"{attribute.name} must be a whole number of at least {minimum}, got {value!r}")
+        if value > maximum:
+            raise PlanError(
+                f"{attribute.name} must be at most {maximum}, got a number of {value.bit_length()} bits"
+            )
 
     return check
 
@@ -51,6 +56,12 @@ def _number(minimum: float, maximum: float = sys.float_info.max) -> Validator:
             raise PlanError(f"{attribute.name} must be a number in [{minimum}, {maximum}], got {value!r}")
 
     return check
+
+
+def _decay(instance: object, attribute: Attribute[Any], value: object) -> None:
+    """A moving average's decay: at 1 it would never move."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise PlanError(f"{attribute.name} must be a number in [0.0, 1.0), got {value!r}")
 
 
 def _one_of(*known: str) -> Validator:
@@ -76,10 +87,17 @@ class Workload:
     optimizer: OptimizerName = field(default="adamw", validator=_one_of(*MOMENTS))
     learning_rate: float = field(default=3e-4, validator=_number(0.0))
     weight_decay: float = field(default=0.1, validator=_number(0.0))
-    beta1: float = field(default=0.9, validator=_number(0.0, 1.0))
-    beta2: float = field(default=0.95, validator=_number(0.0, 1.0))
+    beta1: float = field(default=0.9, validator=_decay)
+    beta2: float = field(default=0.95, validator=_decay)
     warmup_steps: int = field(default=0, validator=whole(0))
     decay_steps: int = field(default=0, validator=whole(0))
     min_learning_rate_ratio: float = field(default=0.1, validator=_number(0.0, 1.0))
     max_grad_norm: float = field(default=1.0, validator=_number(0.0))
-    seed: int = field(default=0, validator=whole(0))
+    seed: int = field(default=0, validator=whole(0, 2**63 - 1))
+
+    @seed.validator
+    def _schedule_in_order(self, _: Attribute[int], __: int) -> None:
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise PlanError(
+                f"decay_steps must be 0 or more than warmup_steps {self.warmup_steps}, got {self.decay_steps}"
+            )

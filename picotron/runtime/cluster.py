@@ -20,7 +20,7 @@ import torch
 from attrs import evolve
 
 from picotron.errors import PlanError
-from picotron.planner.cluster import ClusterSpec, DeviceSpec, Efficiency, LinkSpec, Peaks
+from picotron.planner.cluster import MOST_DEVICES, ClusterSpec, DeviceSpec, Efficiency, LinkSpec, Peaks
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import plan
 from picotron.planner.workload import Workload
@@ -118,8 +118,11 @@ def calibrate(
     """
     if precision not in DTYPES:
         raise PlanError(f"precision must be one of {tuple(DTYPES)} on a CPU, got {precision!r}")
-    if num_ranks < 1 or seconds <= 0:
-        raise PlanError(f"num_ranks and seconds must be positive, got {num_ranks} and {seconds}")
+    if not 1 <= num_ranks <= MOST_DEVICES or not 0 < seconds < 3600:
+        raise PlanError(
+            f"num_ranks must be in [1, {MOST_DEVICES}] and seconds in (0, 3600), "
+            f"got {num_ranks} and {seconds}"
+        )
     with _one_thread(), torch.no_grad():
         works = _works(DTYPES[precision])
         num_works = sum(map(len, works.values())) + 1

@@ -6,6 +6,7 @@ from statistics import median
 
 from attrs import frozen
 
+from picotron.errors import PlanError
 from picotron.planner.memory import memory_timeline
 from picotron.planner.predict import Prediction
 from picotron.planner.program import execution_order, rows
@@ -46,7 +47,14 @@ class Comparison:
 
 
 def compare(prediction: Prediction, measurement: Measurement) -> Comparison:
-    """The prediction beside what a run of the same plan measured."""
+    """The prediction beside what a run of the same plan measured; PlanError for two different plans."""
+    if not isinstance(prediction, Prediction) or not isinstance(measurement, Measurement):
+        raise PlanError(
+            "compare takes a Prediction and a Measurement, got "
+            f"{type(prediction).__name__} and {type(measurement).__name__}"
+        )
+    if prediction.plan != measurement.plan:
+        raise PlanError("prediction and measurement must be of one plan; predict the plan that was run")
     return Comparison(
         (
             *_payloads(prediction, measurement),

@@ -53,6 +53,8 @@ def byte_text(path: str | Path, seq_len: int, *, limit_bytes: int | None = None)
 
     Raises PlanError where the path is missing, unreadable or without two bytes of text.
     """
+    if not str(path):
+        raise PlanError("the data path must not be empty; name a text file or a folder of them")
     root = Path(path)
     if not root.exists():
         raise PlanError(f"the data path must exist, got {str(path)!r}; name a text file or a folder of them")
@@ -138,6 +140,10 @@ def step_batches(
 
 def _checked(plan: TrainingPlan, sample: np.ndarray, index: int) -> np.ndarray:
     """The sample, if it has ids and the model has a row for each."""
+    if not isinstance(sample, np.ndarray) or sample.ndim != 1 or sample.dtype.kind not in "iu":
+        raise PlanError(
+            f"a sample must be a 1-D array of whole numbers, got {sample!r:.80} as sample {index}"
+        )
     if not len(sample):
         raise PlanError(f"a sample must hold at least one token id, got none in sample {index}")
     lowest, highest = int(sample.min()), int(sample.max())

@@ -101,6 +101,8 @@ def run(
         raise PlanError(f"steps must be a whole number of at least 1, got {steps!r}")
     if isinstance(measure_step, bool) or not isinstance(measure_step, int) or measure_step < 0:
         raise PlanError(f"measure_step must be a whole number of at least 0, got {measure_step!r}")
+    if not isinstance(plan, TrainingPlan):
+        raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     check_runnable(plan, backend if isinstance(backend, str) else "simulated")
     dataset = byte_text(data, plan.workload.seq_len) if isinstance(data, (str, Path)) else data
     check_data(plan, dataset)
@@ -135,6 +137,8 @@ def on_backend(name: str, rank_main: Callable[[Backend], Any], world_size: int, 
 
 def check_data(plan: TrainingPlan, dataset: Dataset) -> None:
     """Raise PlanError unless ``dataset`` has a sample."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise PlanError(f"data must be a dataset or a path to text, got {type(dataset).__name__}")
     if len(dataset) < 1:
         raise PlanError(
             f"the data must hold at least one sample of seq_len {plan.workload.seq_len}, got none; add text"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
-from typing import TextIO
+from typing import TextIO, cast
 
 from attrs import define, field
 
@@ -117,14 +117,16 @@ def _train_rank(
     report: Report | None,
 ) -> Measurement | None:
     check_world(plan, backend)
+    session = Session(plan, backend, weights)
     keeper = _Keeper(folder, plan, steps, save_every, report)
     first = backend.rank == 0
-    refusals = backend.gather_objects(keeper.open() if first else None)
-    if refusals[0] is not None:
-        raise PlanError(str(refusals[0]))
+    refusal, keeper.folder = cast(
+        tuple[str | None, Path], backend.gather_objects((keeper.open() if first else None, folder))[0]
+    )
+    if refusal is not None:
+        raise PlanError(refusal)
     measure_step = min(1, steps - 1)
     with keeper:
-        session = Session(plan, backend, weights)
         try:
             measurement = run_rank(
                 plan,
@@ -164,10 +166,15 @@ class _Keeper:
         """Rank 0 opens the folder; what is wrong with it, if anything."""
         try:
             open_run_folder(self.folder)
+            (self.folder / "plan.json").open("x").close()  # claimed: no other run may take it
             save_plan(self.plan, self.folder / "plan.json")
             self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         except PlanError as error:
             return str(error)
+        except FileExistsError:
+            return (
+                f"a run needs a folder of its own, got {str(self.folder)!r}, which another run has just taken"
+            )
         except OSError as error:
             return f"the run folder must be writable, got {str(self.folder)!r}: {error.strerror}"
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,15 +35,18 @@ def saved_weights(path: str | Path) -> WeightSource:
     files = _files_by_name(Path(path))
 
     def read(placement: Placement) -> torch.Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         name = placement.tied_to or placement.name
         if name not in files:
             raise PlanError(
                 f"the weights in {path} must hold {name}; it is not among their {len(files)} tensors"
             )
-        with safe_open(files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        try:
+            with safe_open(files[name], framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise PlanError(f"{name} must be readable in {str(files[name])!r}: {error}") from None
         if tuple(tensor.shape) != placement.shape:
             raise PlanError(
                 f"{name} must have shape {placement.shape}, got {tuple(tensor.shape)} in {files[name]}"
@@ -64,7 +67,7 @@ def _files_by_name(path: Path) -> dict[str, Path]:
         single = path / SINGLE if path.is_dir() else path
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
             f"weights must be a .safetensors file or a folder with {SINGLE} or {INDEX}, "
             f"got {str(path)!r}: {error}"
@@ -99,13 +102,14 @@ def save_weights(session: Session, folder: str | Path) -> Path:
     return final
 
 
-def _attempt(action: object) -> str | None:
+def _attempt(action: Callable[[], None]) -> str | None:
     """What went wrong with the file system, if anything."""
-    assert callable(action)
+    from safetensors import SafetensorError
+
     try:
         action()
-    except OSError as error:
-        return f"{error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        return str(getattr(error, "strerror", None) or error)
     return None
 
 

@@ -141,7 +141,7 @@ def test_the_fingerprint_is_the_start_of_the_sha256_of_the_json():
         ("workload.global_batch", True, "$.workload.global_batch: must be an integer, got True"),
         ("workload.precision", "fp8", "$.workload.precision: must be one of bf16, fp32, fp64, got 'fp8'"),
         ("workload.sed", 1, "$.workload.sed: no such field; did you mean seed?"),
-        ("workload.beta1", 2, "$.workload.beta1: beta1 must be a number in [0.0, 1.0], got 2.0"),
+        ("workload.beta1", 2, "$.workload.beta1: beta1 must be a number in [0.0, 1.0), got 2.0"),
         ("workload.beta1", 10**400, "$.workload.beta1: must be a number that a float can hold"),
         ("topology.order", "pp", "$.topology.order: must be a list, got 'pp'"),
         ("topology.order", ["pp", 1], "$.topology.order[1]: must be text, got 1"),

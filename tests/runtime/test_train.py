@@ -201,3 +201,41 @@ def test_a_world_of_another_size_is_refused_before_the_folder_is_made(tmp_path: 
     with pytest.raises(ExecutionError, match="the plan needs 8 ranks, got a world of 2"):
         simulate(lambda world: _train_rank(plan, world, TEXT, tmp_path / "run", 1, 0, None, None), 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_safetensors_reports_full_is_one_error_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its own error is no OSError, and must not go round the ranks' agreement."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", refuse)
+    with pytest.raises(PlanError, match="the weights' folder must be writable.*File too large"):
+        train(a_plan(), TEXT, tmp_path / "run", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("door", "words"),
+    [
+        (lambda: pt.plan("llama-tiny", None, None), "model must be a ModelSpec, got str"),
+        (lambda: pt.predict(None), "plan must be a TrainingPlan, got NoneType"),
+        (lambda: run(None, TEXT, steps=1), "plan must be a TrainingPlan, got NoneType"),
+        (lambda: run(a_plan(), 5, steps=1), "data must be a dataset or a path to text, got int"),
+        (lambda: run(a_plan(), [np.array([1.5])], steps=1), "a sample must be a 1-D array of whole numbers"),
+        (lambda: compare(1, 2), "compare takes a Prediction and a Measurement, got int and int"),
+        (lambda: a_plan(seed=2**64), "seed must be at most"),
+        (lambda: a_plan(beta1=1), r"beta1 must be a number in \[0.0, 1.0\)"),
+        (
+            lambda: a_plan(warmup_steps=10, decay_steps=5),
+            "decay_steps must be 0 or more than warmup_steps 10",
+        ),
+    ],
+)
+def test_wrong_kinds_of_value_are_refused_at_the_door(door, words: str):
+    """Rule and value, not a traceback from the depths."""
+    with pytest.raises(PlanError, match=words):
+        door()
