@@ -94,10 +94,3 @@ class Workload:
     min_learning_rate_ratio: float = field(default=0.1, validator=_number(0.0, 1.0))
     max_grad_norm: float = field(default=1.0, validator=_number(0.0))
     seed: int = field(default=0, validator=whole(0, 2**63 - 1))
-
-    @seed.validator
-    def _schedule_in_order(self, _: Attribute[int], __: int) -> None:
-        if self.decay_steps and self.decay_steps <= self.warmup_steps:
-            raise PlanError(
-                f"decay_steps must be 0 or more than warmup_steps {self.warmup_steps}, got {self.decay_steps}"
-            )
