@@ -229,7 +229,6 @@ def test_a_disk_that_safetensors_reports_full_is_one_error_on_every_rank(
         (lambda: compare(1, 2), "compare takes a Prediction and a Measurement, got int and int"),
         (lambda: a_plan(seed=2**64), "seed must be at most"),
         (lambda: a_plan(beta1=1), r"beta1 must be a number in \[0.0, 1.0\)"),
-        (lambda: a_plan(warmup_steps=10, decay_steps=5),),
     ],
 )
 def test_wrong_kinds_of_value_are_refused_at_the_door(door, words: str):
