@@ -413,7 +413,7 @@ def broken_pair() -> str:
 
 def late_pair() -> str:
     """What rank 0 is told when rank 1 does not come in time."""
-    with DistributedBackend(processes := connect(60), device="cpu", timeout_seconds=0.5) as backend:
+    with DistributedBackend(processes := connect(60), device="cpu", timeout_seconds=8.0) as backend:
         if backend.rank == 0:
             with pytest.raises(ExecutionError) as caught:
                 backend.recv(torch.ones(2), 1, "forward").wait()
