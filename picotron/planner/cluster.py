@@ -16,9 +16,9 @@ the cluster's own name and its number of nodes. Each group of numbers names its 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -34,6 +34,7 @@ from cattrs import Converter
 
 from picotron.errors import PlanError
 from picotron.planner.records import hint, read_json, strict_converter, structured
+from picotron.planner.validators import as_float, is_between, is_integer, is_positive, of_class_must_be, shown
 
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
 MOST_DEVICES = 2**17
@@ -41,51 +42,26 @@ LARGEST_COUNT = 2**62
 KINDS_OF_DEVICE = ("cuda", "rocm", "cpu")
 
 
-def _as_float(value: float) -> float:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _named(instance: object, attribute: Attribute[Any]) -> str:
-    return f"{type(instance).__name__}.{attribute.name}"
-
-
-def _positive(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-        raise PlanError(f"{_named(instance, attribute)} must be a positive finite number, got {value!r}")
-
-
-def _not_negative(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if not isinstance(value, float) or not math.isfinite(value) or value < 0:
-        raise PlanError(f"{_named(instance, attribute)} must be a finite number of at least 0, got {value!r}")
-
-
-def _fraction(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if not isinstance(value, float) or not 0 < value <= 1:
-        raise PlanError(f"{_named(instance, attribute)} must be a fraction in (0, 1], got {value!r}")
-
-
-def _count(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"{_named(instance, attribute)} must be an integer of at least 1, got {value!r}")
-    if value > LARGEST_COUNT:
-        raise PlanError(f"{_named(instance, attribute)} must be at most {LARGEST_COUNT}")
-
-
-def _text(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise PlanError(f"{_named(instance, attribute)} must be text that is not empty, got {value!r}")
-
-
-def _device_kind(instance: object, attribute: Attribute[Any], value: object) -> None:
-    if value not in KINDS_OF_DEVICE:
-        raise PlanError(f"{_named(instance, attribute)} must be one of {KINDS_OF_DEVICE}, got {value!r}")
+_POSITIVE = of_class_must_be("a positive finite number", is_positive)
+_NOT_NEGATIVE = of_class_must_be(
+    "a finite number of at least 0", lambda value: is_between(value, 0, sys.float_info.max)
+)
+_FRACTION = of_class_must_be("a fraction in (0, 1]", lambda value: is_positive(value) and value <= 1)
+_COUNT = [
+    of_class_must_be("an integer of at least 1", lambda value: is_integer(value) and value >= 1),
+    of_class_must_be(f"at most {LARGEST_COUNT}", lambda value: bool(value <= LARGEST_COUNT)),
+]
+_TEXT = of_class_must_be(
+    "text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())
+)
+_DEVICE_KIND = of_class_must_be(f"one of {KINDS_OF_DEVICE}", lambda value: value in KINDS_OF_DEVICE)
 
 
 def _peak() -> Any:
     return field(
         default=None,
-        converter=optional_converter(_as_float),
-        validator=optional_validator(_positive),
+        converter=optional_converter(as_float),
+        validator=optional_validator(_POSITIVE),
     )
 
 
@@ -108,43 +84,43 @@ class Peaks:
 class DeviceSpec:
     """One accelerator, or one CPU core with its share of the memory."""
 
-    name: str = field(validator=_text)
+    name: str = field(validator=_TEXT)
     peak_flops_per_second: Peaks = field(validator=instance_of(Peaks))
-    memory_bytes: int = field(validator=_count)
-    memory_bytes_per_second: float = field(converter=_as_float, validator=_positive)
-    kind: str = field(validator=_device_kind)
-    source: str = field(validator=_text)
+    memory_bytes: int = field(validator=_COUNT)
+    memory_bytes_per_second: float = field(converter=as_float, validator=_POSITIVE)
+    kind: str = field(validator=_DEVICE_KIND)
+    source: str = field(validator=_TEXT)
 
 
 @frozen(kw_only=True)
 class LinkSpec:
     """What one device can send, in bytes/s in one direction, and the seconds before the first byte."""
 
-    name: str = field(validator=_text)
-    bytes_per_second: float = field(converter=_as_float, validator=_positive)
-    latency_seconds: float = field(converter=_as_float, validator=_not_negative)
-    source: str = field(validator=_text)
+    name: str = field(validator=_TEXT)
+    bytes_per_second: float = field(converter=as_float, validator=_POSITIVE)
+    latency_seconds: float = field(converter=as_float, validator=_NOT_NEGATIVE)
+    source: str = field(validator=_TEXT)
 
 
 @frozen(kw_only=True)
 class Efficiency:
     """The software profile: fractions of the peaks reached, and the fixed cost of one kernel in seconds."""
 
-    matmul: float = field(converter=_as_float, validator=_fraction)
-    memory: float = field(converter=_as_float, validator=_fraction)
-    link: float = field(converter=_as_float, validator=_fraction)
-    kernel_seconds: float = field(converter=_as_float, validator=_not_negative)
-    source: str = field(validator=_text)
+    matmul: float = field(converter=as_float, validator=_FRACTION)
+    memory: float = field(converter=as_float, validator=_FRACTION)
+    link: float = field(converter=as_float, validator=_FRACTION)
+    kernel_seconds: float = field(converter=as_float, validator=_NOT_NEGATIVE)
+    source: str = field(validator=_TEXT)
 
 
 @frozen(kw_only=True)
 class ClusterSpec:
     """Equal nodes of equal devices, the two levels of link and the software profile."""
 
-    name: str = field(validator=_text)
+    name: str = field(validator=_TEXT)
     device: DeviceSpec = field(validator=instance_of(DeviceSpec))
-    devices_per_node: int = field(validator=_count)
-    nodes: int = field(validator=_count)
+    devices_per_node: int = field(validator=_COUNT)
+    nodes: int = field(validator=_COUNT)
     intra_node: LinkSpec = field(validator=instance_of(LinkSpec))
     inter_node: LinkSpec = field(validator=instance_of(LinkSpec))
     efficiency: Efficiency = field(validator=instance_of(Efficiency))
@@ -173,16 +149,18 @@ class ClusterSpec:
     @classmethod
     def parse(cls, text: str) -> ClusterSpec:
         """The cluster that ``"h100"``, ``"h100:16x8"`` (nodes x devices a node) or ``"mine.json"`` names."""
+        if not isinstance(text, str):
+            raise PlanError(f"a cluster must be a preset's name or a path to a .json file, got {shown(text)}")
         if text.endswith(".json"):
             return load_cluster(text)
         name, colon, shape = text.partition(":")
         machine = cls.preset(name)
         if not colon:
             return machine
-        counts = re.fullmatch(r"([0-9]+)x([0-9]+)", shape)
+        counts = re.fullmatch(r"([0-9]{1,18})x([0-9]{1,18})", shape)
         if counts is None:
             raise PlanError(
-                f"a cluster's shape must be NODESxDEVICES_PER_NODE, got {shape!r} in {text!r}; "
+                f"a cluster's shape must be NODESxDEVICES_PER_NODE, got {shown(shape)} in {shown(text)}; "
                 f"write {name}:2x8 for two nodes of eight devices"
             )
         return cls.preset(name, nodes=int(counts[1]), devices_per_node=int(counts[2]))
@@ -257,6 +235,8 @@ def cluster_from_json(text: str) -> ClusterSpec:
 
 def load_cluster(path: str | os.PathLike[str]) -> ClusterSpec:
     """The cluster in a JSON file. Raises PlanError naming the file and the path of each bad field."""
+    if not isinstance(path, str | os.PathLike):
+        raise PlanError(f"a cluster's file must be a path, got {shown(path)}")
     try:
         return cluster_from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -283,7 +263,8 @@ def _ranks_by_node(cluster: ClusterSpec, ranks: Sequence[int]) -> Counter[int]:
 def _machine(name: str) -> ClusterSpec:
     known = preset_names()
     if name not in known:
-        raise PlanError(f"a cluster preset must be one of {known}, got {name!r}{hint(name, known)}")
+        near = hint(name, known) if isinstance(name, str) else ""
+        raise PlanError(f"a cluster preset must be one of {known}, got {shown(name)}{near}")
     return _presets()[name]
 
 

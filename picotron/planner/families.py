@@ -1,10 +1,10 @@
-"""Reading each family's Hugging Face ``config.json`` into a ``ModelSpec``, and writing it back.
+"""Reading each family's Hugging Face ``config.json`` into a ``ModelSpec``; ``export`` writes it back.
 
-A family (``model_type``) is a row in two tables: the function that reads its keys and the one that writes
-them. Sizes must be in the configuration; a default stands only for a key that published configurations
-leave out, and is then the default of transformers. Keys that change the architecture in a way no
-``ModelSpec`` can say (sliding windows, partial rotation, cross attention) are refused by name; keys that do
-not shape the trained model (token ids, dropout, caches, multi-token prediction) are passed over.
+A family (``model_type``) is a row in a table of functions that read its keys. Sizes must be in the
+configuration; a default stands only for a key that published configurations leave out, and is then the
+default of transformers. Keys that change the architecture in a way no ``ModelSpec`` can say (sliding windows,
+partial rotation, cross attention) are refused by name; keys that do not shape the trained model (token ids,
+dropout, caches, multi-token prediction) are passed over.
 
 SOURCES: ``presets/models/*.json`` are public Hugging Face model configurations by their published names, cut
 down to the keys that shape the model; DeepSeek-V3's carries no rotary scaling. gpt3-175b is
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from picotron.errors import PlanError
+from picotron.planner.export import write
 from picotron.planner.model import (
     FAMILIES,
     Activation,
@@ -30,7 +31,9 @@ from picotron.planner.model import (
     ModelSpec,
     RopeScaling,
 )
-from picotron.planner.validators import is_positive, is_size
+from picotron.planner.validators import is_positive, is_size, shown
+
+__all__ = ["preset_names", "read", "write"]
 
 Config = Mapping[str, Any]
 
@@ -52,7 +55,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_ACTIVATION_NAMES = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -75,17 +77,11 @@ def read(source: str | os.PathLike[str] | Config, *, name: str | None = None) ->
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _READERS:
         raise PlanError(
-            f"model_type must be one of {FAMILIES}, got {family!r}{_close_matches(family, FAMILIES)}"
+            f"model_type must be one of {FAMILIES}, got {shown(family)}{_close_matches(family, FAMILIES)}"
         )
     chosen_name = found_name if name is None else name
     fields = {"name": chosen_name, "family": family, **_READERS[family](config)}
     return ModelSpec(**fields)
-
-
-def write(model: ModelSpec) -> dict[str, Any]:
-    """The ``config.json`` from which transformers builds the same architecture."""
-    written = _write_gpt2(model) if model.family == "gpt2" else _write_decoder(model)
-    return {"_name_or_path": model.name, "model_type": model.family, **written}
 
 
 def _find(source: str | os.PathLike[str]) -> Path:
@@ -98,14 +94,15 @@ def _find(source: str | os.PathLike[str]) -> Path:
     is_name = isinstance(source, str) and path.name == source and path.suffix != ".json"
     if is_name and not os.path.exists(source):
         raise PlanError(
-            f"a model must be the name of a preset or a path to config.json, got {source!r}"
+            f"a model must be the name of a preset or a path to config.json, got {shown(source)}"
             f"{_close_matches(source, preset_names())}; presets: {', '.join(preset_names())}"
         )
     return path
 
 
 def _close_matches(value: object, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value).lower(), choices, n=3, cutoff=0.5)
+    word = value.lower() if isinstance(value, str) else ""
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -142,21 +139,21 @@ def _value(config: Config, key: str, default: object = _REQUIRED) -> Any:
 def _size(config: Config, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
     value = _value(config, key, default)
     if not is_size(value, least):
-        raise PlanError(f"{key} must be an integer of at least {least}, got {value!r}")
+        raise PlanError(f"{key} must be an integer of at least {least}, got {shown(value)}")
     return int(value)
 
 
 def _number(config: Config, key: str, default: object = _REQUIRED) -> float:
     value = _value(config, key, default)
     if not is_positive(value):
-        raise PlanError(f"{key} must be a positive finite number, got {value!r}")
+        raise PlanError(f"{key} must be a positive finite number, got {shown(value)}")
     return float(value)
 
 
 def _flag(config: Config, key: str, default: bool) -> bool:
     value = _value(config, key, default)
     if not isinstance(value, bool):
-        raise PlanError(f"{key} must be true or false, got {value!r}")
+        raise PlanError(f"{key} must be true or false, got {shown(value)}")
     return value
 
 
@@ -164,13 +161,13 @@ def _must_equal(config: Config, key: str, supported: object) -> None:
     """Refuse a key that, set to anything else, would change the architecture."""
     value = _value(config, key, supported)
     if value is not None and value != supported:
-        raise PlanError(f"{key} must be {supported!r}, got {value!r}; nothing else is supported")
+        raise PlanError(f"{key} must be {supported!r}, got {shown(value)}; nothing else is supported")
 
 
 def _activation(config: Config, key: str) -> Activation:
     value = _value(config, key)
     if not isinstance(value, str) or value not in _ACTIVATIONS:
-        raise PlanError(f"{key} must be one of {tuple(_ACTIVATIONS)}, got {value!r}")
+        raise PlanError(f"{key} must be one of {tuple(_ACTIVATIONS)}, got {shown(value)}")
     return _ACTIVATIONS[value]
 
 
@@ -340,7 +337,7 @@ def _dense_layers(config: Config) -> tuple[int, ...]:
     """Layers without experts: those listed, and those that ``decoder_sparse_step`` skips."""
     listed, step = _value(config, "mlp_only_layers", ()) or (), _size(config, "decoder_sparse_step", 1)
     if not isinstance(listed, list | tuple) or not all(is_size(layer, 0) for layer in listed):
-        raise PlanError(f"mlp_only_layers must be a list of layer indices, got {listed!r}")
+        raise PlanError(f"mlp_only_layers must be a list of layer indices, got {shown(listed)}")
     layers = range(_size(config, "num_hidden_layers"))
     return tuple(layer for layer in layers if layer in listed or (layer + 1) % step)
 
@@ -350,14 +347,14 @@ def _check_full_attention(config: Config) -> None:
     types = _value(config, "layer_types", None)
     remedy = "sliding-window attention is not supported"
     if types is not None and not isinstance(types, list | tuple):
-        raise PlanError(f"layer_types must be a list of names, got {types!r}")
+        raise PlanError(f"layer_types must be a list of names, got {shown(types)}")
     windowed = [kind for kind in types or () if kind != "full_attention"]
     if windowed:
-        raise PlanError(f"layer_types must all be 'full_attention', got {windowed[0]!r}; {remedy}")
+        raise PlanError(f"layer_types must all be 'full_attention', got {shown(windowed[0])}; {remedy}")
     window = _value(config, "sliding_window", None)
     if config.get("model_type") == "mixtral":
         if window is not None:
-            raise PlanError(f"sliding_window must be null, got {window!r}; {remedy}")
+            raise PlanError(f"sliding_window must be null, got {shown(window)}; {remedy}")
     elif types is None and window is not None and _flag(config, "use_sliding_window", False):
         raise PlanError(f"use_sliding_window must be false, got true; {remedy}")
 
@@ -367,7 +364,7 @@ def _rope(config: Config) -> dict[str, Any]:
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(key) or {}
     if not isinstance(table, Mapping) or any(isinstance(entry, Mapping) for entry in table.values()):
-        raise PlanError(f"{key} must be one flat object for all layers, got {table!r}")
+        raise PlanError(f"{key} must be one flat object for all layers, got {shown(table)}")
     _must_equal(config, "partial_rotary_factor", 1.0)
     _must_equal(table, "partial_rotary_factor", 1.0)
     theta = 1e6 if config.get("model_type") == "mixtral" else 1e4
@@ -380,7 +377,7 @@ def _rope(config: Config) -> dict[str, Any]:
 def _rope_scaling(table: Config, key: str) -> RopeScaling | None:
     kind = table.get("rope_type", table.get("type", "default"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise PlanError(f"{key}.rope_type must be one of {tuple(_SCALINGS)}, got {kind!r}")
+        raise PlanError(f"{key}.rope_type must be one of {tuple(_SCALINGS)}, got {shown(kind)}")
     return _SCALINGS[kind](table)
 
 
@@ -457,116 +454,3 @@ _READERS: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "deepseek_v3": _read_deepseek_v3,
     "gpt2": _read_gpt2,
 }
-
-
-def _write_gpt2(model: ModelSpec) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": model.vocab_size,
-        "n_embd": model.hidden_size,
-        "n_layer": model.num_layers,
-        "n_head": model.num_heads,
-        "n_inner": model.intermediate_size,
-        "n_positions": model.max_positions,
-        "layer_norm_epsilon": model.norm_eps,
-        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else model.activation,
-        "tie_word_embeddings": model.tied_embeddings,
-        "initializer_range": model.init_std,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-    }
-
-
-def _write_decoder(model: ModelSpec) -> dict[str, Any]:
-    """The keys of every family but gpt2."""
-    written = {
-        "architectures": [_ARCHITECTURES[model.family]],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": model.max_positions,
-        "rms_norm_eps": model.norm_eps,
-        "hidden_act": _ACTIVATION_NAMES[model.activation],
-        "rope_theta": model.rope_theta,
-        "rope_scaling": _write_rope_scaling(model.rope_scaling),
-        "tie_word_embeddings": model.tied_embeddings,
-        "initializer_range": model.init_std,
-        "head_dim": model.head_dim,
-    }
-    if model.family in ("llama", "qwen3", "qwen3_moe"):
-        written["attention_bias"] = model.qkv_bias
-    if model.family == "llama":
-        written["mlp_bias"] = model.mlp_bias
-    if model.experts is not None:
-        written |= _write_experts(model, model.experts)
-    if model.latent_attention is not None:
-        written |= _write_latent(model.latent_attention)
-        del written["head_dim"]
-    return written
-
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
-
-
-def _write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The keys that this kind reads, None left out."""
-    if scaling is None:
-        return None
-    written = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        names = ["low_freq_factor", "high_freq_factor"]
-    elif scaling.kind == "yarn":
-        names = ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"]
-    else:
-        return written
-    written |= {name: getattr(scaling, name) for name in names if getattr(scaling, name) is not None}
-    return written | {"original_max_position_embeddings": scaling.original_max_positions}
-
-
-def _write_experts(model: ModelSpec, experts: Experts) -> dict[str, Any]:
-    if model.family == "mixtral":
-        return {"num_local_experts": experts.num_experts, "num_experts_per_tok": experts.top_k}
-    common = {
-        "num_experts_per_tok": experts.top_k,
-        "moe_intermediate_size": experts.intermediate_size,
-        "norm_topk_prob": experts.normalize_scores,
-    }
-    if model.family == "qwen3_moe":
-        return common | {
-            "num_experts": experts.num_experts,
-            "mlp_only_layers": list(experts.dense_layers),
-            "decoder_sparse_step": 1,
-        }
-    return common | {
-        "n_routed_experts": experts.num_experts,
-        "n_shared_experts": experts.shared_intermediate_size // experts.intermediate_size,
-        "first_k_dense_replace": len(experts.dense_layers),
-        "n_group": experts.num_groups,
-        "topk_group": experts.top_k_groups,
-        "routed_scaling_factor": experts.routed_scale,
-        "scoring_func": experts.score_function,
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-def _write_latent(latent: LatentAttention) -> dict[str, Any]:
-    return {
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_nope_head_dim,
-        "qk_rope_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
-        "rope_interleave": latent.interleaved,
-        "attention_bias": False,
-    }

@@ -30,8 +30,8 @@ from picotron.planner.program import Program, lower
 from picotron.planner.stage import backward_body, forward_body
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
-from picotron.planner.validators import is_size
-from picotron.planner.workload import FORMATS, Format, Workload, whole
+from picotron.planner.validators import are_words, as_tuple, is_size, must_be, whole
+from picotron.planner.workload import FORMATS, Format, Workload
 
 SCHEMA_VERSION = 1
 
@@ -39,10 +39,6 @@ SCHEMA_VERSION = 1
 def _layers(value: Iterable[int]) -> tuple[int, ...]:
     if not isinstance(value, tuple | list):
         raise PlanError(f"stage_layers must be a sequence of whole numbers, got {value!r}")
-    return tuple(value)
-
-
-def _words(value: Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
@@ -64,7 +60,9 @@ class TrainingPlan:
     sequence_parallel: bool = False
     stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
-    chosen: tuple[str, ...] = field(default=(), converter=_words)
+    chosen: tuple[str, ...] = field(
+        default=(), converter=as_tuple, validator=must_be("a sequence of texts", are_words)
+    )
 
     @chosen.validator
     def _consistent(self, _: Attribute[object], __: object) -> None:

@@ -22,6 +22,7 @@ from picotron.errors import PlanError
 from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv, schedule_to_csv
 from picotron.planner.plan import SCHEMA_VERSION, TrainingPlan
 from picotron.planner.records import read_json, read_text, strict_converter, structured, write_text
+from picotron.planner.validators import shown
 
 FINGERPRINT_DIGITS = 12
 REMEDY = "make the plan again, or correct the file"
@@ -86,6 +87,8 @@ def save_plan(plan: TrainingPlan, path: str | os.PathLike[str]) -> None:
 
 def load_plan(path: str | os.PathLike[str]) -> TrainingPlan:
     """The plan in a JSON file. Raises PlanError naming the file and the path of each bad field."""
+    if not isinstance(path, str | os.PathLike):
+        raise PlanError(f"a plan's file must be a path, got {shown(path)}")
     text = read_text(path, "a plan")
     try:
         return plan_from_json(text)

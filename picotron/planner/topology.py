@@ -10,13 +10,13 @@ MoE Parallel Folding, arXiv:2504.14960.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from attrs import Attribute, field, frozen
 from attrs.validators import ge, instance_of
 
 from picotron.errors import PlanError
+from picotron.planner.validators import are_words, as_tuple, must_be
 
 AXES = ("pp", "dp", "cp", "tp")  # the default order, slowest-varying first
 GROUP_AXES: dict[str, tuple[str, ...]] = {
@@ -36,12 +36,6 @@ def _degree(instance: object, attribute: Attribute[int], value: int) -> None:
         raise PlanError(f"{attribute.name} must be a positive whole number, got {value!r}")
 
 
-def _words(value: Iterable[str]) -> tuple[str, ...]:
-    if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
-        raise PlanError(f"order must be a sequence of axes, slowest first, got {value!r}")
-    return tuple(value)
-
-
 @frozen(kw_only=True)
 class Topology:
     """Parallel degrees, in ranks along each axis, and the order in which ranks run through them."""
@@ -52,7 +46,9 @@ class Topology:
     tp: int = field(default=1, validator=_degree)
     ep: int = field(default=1, validator=_degree)
     etp: int = field(default=1, validator=_degree)
-    order: tuple[str, ...] = field(default=AXES, converter=_words)
+    order: tuple[str, ...] = field(
+        default=AXES, converter=as_tuple, validator=must_be("a sequence of axes, slowest first", are_words)
+    )
 
     @order.validator
     def _order_and_experts(self, _: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:

@@ -25,6 +25,8 @@ from picotron.runtime.pipeline import Session
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_Names = dict[str, tuple[str, int]]  # of each tensor: its file, and its bytes
+
 
 def saved_weights(path: str | Path) -> WeightSource:
     """The weights in a safetensors file or in a folder of them (with an index, or one file).
@@ -77,29 +79,46 @@ def _files_by_name(path: Path) -> dict[str, Path]:
 def save_weights(session: Session, folder: str | Path) -> Path:
     """Write the model to ``folder`` (a Hugging Face model folder). Collective: every rank calls it.
 
-    Raises PlanError on every rank if the folder cannot be written; an existing folder stays as it is.
+    Raises PlanError on every rank if any rank cannot write its part; an existing folder stays as it is then,
+    and nothing half-written is left.
     """
     final = Path(folder)
-    aside = final.with_name(f".{final.name}.partial")
-    backend, plan = session.backend, session.plan
-    failure = _attempt(lambda: _fresh_folder(aside)) if backend.rank == 0 else None
+    aside = _aside(final)
+    first = session.backend.rank == 0
+    failure = _attempt(lambda: _fresh_folder(aside)) if first else None
     _agree(session, failure, final)
-    failure, names = None, {}
-    if session.where.dp == session.where.cp == 0:
-        stage = _gathered_stage(session)
-        if stage is not None:
-            file = _file_name(session.where.pp, plan.topology.pp)
-            failure = _attempt(lambda: _write_tensors(aside / file, stage))
-            names = {name: (file, tensor.numel() * tensor.element_size()) for name, tensor in stage.items()}
-    everyone = backend.gather_objects(names)
-    if backend.rank == 0 and failure is None:
-        merged: dict[str, tuple[str, int]] = {}
-        for part in everyone:
-            assert isinstance(part, dict)
-            merged.update(part)
-        failure = _attempt(lambda: _finish(session, aside, final, merged))
+    names, failure = _write_stage(session, aside)
+    _agree(session, failure, final)
+    everyone = _gathered_names(session, names)
+    failure = _attempt(lambda: _finish(session, aside, final, everyone)) if first else None
     _agree(session, failure, final)
     return final
+
+
+def _aside(final: Path) -> Path:
+    """Where the folder is while it is being written."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def _write_stage(session: Session, aside: Path) -> tuple[_Names, str | None]:
+    """Write this rank's file, if it has one: what is in it, and what went wrong, if anything."""
+    if session.where.dp or session.where.cp:
+        return {}, None
+    stage = _gathered_stage(session)
+    if stage is None:
+        return {}, None
+    file = _file_name(session.where.pp, session.plan.topology.pp)
+    failure = _attempt(lambda: _write_tensors(aside / file, stage))
+    return {name: (file, tensor.numel() * tensor.element_size()) for name, tensor in stage.items()}, failure
+
+
+def _gathered_names(session: Session, names: _Names) -> _Names:
+    """The names of every stage."""
+    everyone: _Names = {}
+    for part in session.backend.gather_objects(names):
+        assert isinstance(part, dict)
+        everyone.update(part)
+    return everyone
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -113,11 +132,15 @@ def _attempt(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _agree(session: Session, failure: str | None, folder: Path) -> None:
-    """Every rank learns of every rank's failure, so that all stop together."""
-    failures = [str(f) for f in session.backend.gather_objects(failure) if f]
-    if failures:
-        raise PlanError(f"the weights' folder must be writable, got {str(folder)!r}: {failures[0]}")
+def _agree(session: Session, failure: str | None, final: Path) -> None:
+    """Every rank learns of every rank's failure, so that all stop together, once what was begun is gone."""
+    failures = [str(f) for f in session.backend.gather_objects(failure) if f is not None]
+    if not failures:
+        return
+    if session.backend.rank == 0:
+        shutil.rmtree(_aside(final), ignore_errors=True)
+    session.backend.gather_objects(None)
+    raise PlanError(f"the weights' folder must be writable, got {str(final)!r}: {failures[0]}")
 
 
 def _fresh_folder(aside: Path) -> None:
@@ -160,7 +183,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     _flush(path)
 
 
-def _finish(session: Session, aside: Path, final: Path, names: Mapping[str, tuple[str, int]]) -> None:
+def _finish(session: Session, aside: Path, final: Path, names: _Names) -> None:
     """Index and configuration, then the rename that makes the folder appear."""
     config = {**to_hf(session.plan.model), "torch_dtype": str(session.dtype).removeprefix("torch.")}
     _write_json(aside / "config.json", config)
@@ -175,8 +198,12 @@ def _finish(session: Session, aside: Path, final: Path, names: Mapping[str, tupl
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old)
+        try:
+            aside.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     else:
         aside.rename(final)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -91,15 +92,43 @@ def test_torch_accepts_the_csv(name: str) -> None:
     assert schedules._validate_schedule(actions, 3, 3, 5) == {0: 0, 1: 1, 2: 2}
 
 
-def test_torch_lowers_the_schedule_without_deadlock() -> None:
-    """torch adds its sends and receives to 1F1B and simulates it to the end."""
+def _lowered_by_torch(orders: tuple[tuple[Action, ...], ...]) -> dict[int, list[str]]:
+    """What each rank does as torch simulates it, one stage a rank: actions, sends and receives."""
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
     actions = {
         rank: [schedules._Action.from_str(str(action)) for action in order]
-        for rank, order in enumerate(one_f_one_b(4, 8).orders)
+        for rank, order in enumerate(orders)
     }
-    with_transfers = schedules._add_send_recv(actions, stage_to_rank=lambda stage: stage, num_stages=4)
-    schedules._simulate_comms_compute(with_transfers, stage_to_rank=lambda stage: stage, num_stages=4)
+    where: dict[str, Any] = {"stage_to_rank": lambda stage: stage, "num_stages": len(orders)}
+    simulated = schedules._simulate_comms_compute(schedules._add_send_recv(actions, **where), **where)
+    return {rank: [str(action) for action in done if action] for rank, done in simulated.items()}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_torch_lowers_the_schedule_without_deadlock(name: str) -> None:
+    """torch runs every action in our order, and adds a send and a receive for each crossing of a boundary."""
+    schedule = make_schedule(name, 4, 8)
+    done = _lowered_by_torch(schedule.orders)
+    transfers = {rank: [cell for cell in cells if "_" in cell] for rank, cells in done.items()}
+    for rank, order in enumerate(schedule.orders):
+        assert [cell for cell in done[rank] if "_" not in cell] == [str(action) for action in order]
+        assert sorted(transfers[rank]) == sorted(
+            f"{rank}{kind}{microbatch}"
+            for kind, present in (
+                ("SEND_F", rank < 3),
+                ("RECV_F", rank > 0),
+                ("SEND_B", rank > 0),
+                ("RECV_B", rank < 3),
+            )
+            for microbatch in range(8 if present else 0)
+        )
+
+
+def test_torch_finds_the_deadlock_of_ranks_that_wait_for_each_other() -> None:
+    """Rank 0 waits for a backward before its second forward, which rank 1 wants before any backward."""
+    deadlock = _schedule("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1", num_microbatches=2)
+    with pytest.raises(AssertionError, match="can't schedule sends/recvs"):
+        _lowered_by_torch(deadlock.orders)
 
 
 def _schedule(*lines: str, num_microbatches: int = 1, stage_ranks: tuple[int, ...] = ()) -> Schedule:

@@ -235,3 +235,23 @@ def test_wrong_kinds_of_value_are_refused_at_the_door(door, words: str):
     """Rule and value, not a traceback from the depths."""
     with pytest.raises(PlanError, match=words):
         door()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_one_stage_that_cannot_be_written_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+):
+    """Whichever stage's file fails, the folder does not appear, and nothing half-written stays."""
+    import picotron.runtime.weights as room
+
+    real = room._write_tensors
+
+    def refuse_one(path: Path, tensors: dict) -> None:
+        if path.name.startswith(f"model-{stage + 1:05d}"):
+            raise OSError(28, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(room, "_write_tensors", refuse_one)
+    with pytest.raises(PlanError, match="No space left on device"):
+        train(a_plan(), TEXT, tmp_path / "run", steps=1)
+    assert list((tmp_path / "run/weights").iterdir()) == []

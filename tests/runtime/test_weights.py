@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import picotron.runtime.weights as weights_room
 from picotron.errors import PlanError
 from picotron.planner.model import ModelSpec, parameters
 from picotron.planner.plan import TrainingPlan
@@ -142,6 +143,48 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
         assert str(error).endswith("No space left on device")
     kept = whole(tiny_plan(model), saved_weights(tmp_path / "saved"))
     assert all(tensor.eq(3).all() for tensor in kept.values())
+    assert files(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize("where", ["config.json", "rename"])
+def test_a_disk_that_refuses_at_the_end_leaves_the_old_folder(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages are written, then the configuration or the last rename fails: as if nothing had begun."""
+    model = tiny_model("llama")
+    save(tiny_plan(model), tmp_path / "saved", lambda p: torch.full(p.shape, 3.0))
+    flush, rename = weights_room._flush, Path.rename
+
+    def refuse_flush(path: Path) -> None:
+        if path.name == where:
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    def refuse_rename(path: Path, target: Path) -> Path:
+        if where == "rename" and path.name.endswith(".partial"):
+            raise OSError(18, "Invalid cross-device link")
+        return rename(path, target)
+
+    monkeypatch.setattr(weights_room, "_flush", refuse_flush)
+    monkeypatch.setattr(Path, "rename", refuse_rename)
+    found = save(tiny_plan(model, pp=2, tp=2), tmp_path / "saved")
+    assert [type(error) for error in found] == [PlanError] * 4
+    assert len(set(map(str, found))) == 1
+    assert files(tmp_path) == ["saved"]
+    kept = whole(tiny_plan(model), saved_weights(tmp_path / "saved"))
+    assert all(tensor.eq(3).all() for tensor in kept.values())
+
+
+def test_an_error_without_words_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that says nothing stops the save all the same."""
+
+    def refuse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        raise OSError
+
+    monkeypatch.setattr(weights_room, "_write_tensors", refuse)
+    (error,) = save(tiny_plan(tiny_model("llama")), tmp_path / "saved")
+    assert isinstance(error, PlanError)
+    assert files(tmp_path) == []
 
 
 def test_a_path_without_weights_is_refused(tmp_path: Path) -> None:
