@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from picotron.planner.topology import Topology
     from picotron.planner.workload import Workload
     from picotron.runtime.compare import compare as compare
+    from picotron.runtime.fuzz import fuzz as fuzz
+    from picotron.runtime.ranks import simulate_ranks as simulate_ranks
     from picotron.runtime.run import Measurement as Measurement
     from picotron.runtime.run import run as run
 
@@ -64,6 +66,8 @@ _PLANNER = {
 _RUNTIME = {
     "Measurement": "picotron.runtime.run",
     "compare": "picotron.runtime.compare",
+    "fuzz": "picotron.runtime.fuzz",
+    "simulate_ranks": "picotron.runtime.ranks",
     "run": "picotron.runtime.run",
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import SCHEDULES, Action, Phase, Schedule, make_schedule
 from picotron.planner.plan import TrainingPlan, plan
@@ -237,7 +237,20 @@ def quarters(maximum: int = 40) -> st.SearchStrategy[float]:
 
 @st.composite
 def stage_costs(draw: st.DrawFn, num_segments: int, update_seconds: float) -> StageCost:
-    """Any seconds for each of ``num_segments`` segments."""
-    segment = st.builds(SegmentCost, compute_seconds=quarters(), communication_seconds=quarters())
+    """Any seconds for each of ``num_segments`` segments, with up to two collectives in each."""
+    collective = st.builds(
+        CollectiveCost,
+        kind=st.just("all_reduce"),
+        group=st.just("tp"),
+        payload_bytes=st.just(8),
+        seconds=quarters(),
+    )
+    segment = st.lists(collective, max_size=2).flatmap(
+        lambda collectives: st.builds(
+            SegmentCost,
+            compute=st.lists(quarters(), min_size=len(collectives) + 1, max_size=len(collectives) + 1),
+            collectives=st.just(collectives),
+        )
+    )
     several = st.lists(segment, min_size=num_segments, max_size=num_segments).map(tuple)
     return StageCost(forward=draw(several), backward=draw(several), update_seconds=update_seconds)

@@ -34,7 +34,7 @@ SMALL = [
     "--precision",
     "fp32",
 ]
-COMMANDS = ["plan", "show", "predict", "schedule", "diff"]
+COMMANDS = ["plan", "show", "predict", "simulate", "schedule", "diff"]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -167,6 +167,73 @@ def test_a_trace_is_saved_or_printed(run: Run, saved: Path, tmp_path: Path):
     assert json.loads(run("predict", saved, "--trace", "-")[1])["traceEvents"] == events
 
 
+def test_a_step_is_simulated_with_faults(run: Run, saved: Path):
+    """Both step times, how many classes of ranks there are, and who waits most."""
+    healthy = json.loads(run("simulate", saved, "--json")[1])
+    assert (healthy["slowdown"], healthy["faults"], healthy["num_classes"]) == (1.0, [], 2)
+    assert healthy["step_seconds"] == json.loads(run("predict", saved, "--json")[1])["step_seconds"]
+    assert healthy["fingerprint"] == fingerprint(load_plan(saved))
+    faults = ["--slow", "1=2", "--slow-link", "0-2=3", "--pause", "3@4=0.5", "--slow", "1=1.5"]
+    code, text, _ = run("simulate", saved, *faults, "--json")
+    data = json.loads(text)
+    assert code == 0
+    assert data["faults"] == [
+        {"kind": "Slow", "rank": 1, "link": None, "factor": 2.0},
+        {"kind": "Slow", "rank": None, "link": [0, 2], "factor": 3.0},
+        {"kind": "Pause", "rank": 3, "at": 4, "seconds": 0.5, "step": 0},
+        {"kind": "Slow", "rank": 1, "link": None, "factor": 1.5},
+    ]
+    assert data["healthy_step_seconds"] == healthy["step_seconds"]
+    assert data["slowdown"] == data["step_seconds"] / healthy["step_seconds"] > 1
+    assert [one["rank"] for one in data["classes"]] == [0, 1, 2, 3]
+    assert [one["stage"] for one in data["classes"]] == [0, 0, 1, 1]
+    for one in data["classes"]:
+        assert one["compute_seconds"] + one["idle_seconds"] == pytest.approx(data["step_seconds"])
+    code, text, _ = run("simulate", saved, *faults)
+    assert code == 0
+    words = ("step time", "with faults", f"{data['slowdown'] - 1:+.1%}", "4 of 4 ranks", "who waits most")
+    assert all(word in text for word in words)
+    assert "with faults" not in run("simulate", saved)[1]
+    assert " less)" in run("simulate", saved, "--slow", "0=0.5", "--slow", "1=0.5")[1]
+
+
+def test_who_waits_most_comes_first(run: Run, saved: Path):
+    """A slow rank is the last of the table: it waits least."""
+    lines = run("simulate", saved, "--slow", "3=4")[1].splitlines()
+    table = [line.split() for line in lines[lines.index(next(x for x in lines if "stage " in x)) + 1 :]]
+    assert table[-1][:3] == ["1", "1", "3"]
+    shares = [float(row[-1].rstrip("%")) for row in table]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_the_simulated_step_has_a_trace(run: Run, saved: Path, tmp_path: Path):
+    """A process for each class of ranks, under the number of its first rank."""
+    trace = tmp_path / "trace.json"
+    assert run("simulate", saved, "--slow", "1=2", "--trace", trace)[0] == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1, 2, 3}
+    assert json.loads(run("simulate", saved, "--slow", "1=2", "--trace", "-")[1])["traceEvents"] == events
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--slow", "1"], "argument --slow: must look like 3=1.5, got '1'"),
+        (["--slow", "1=x"], "argument --slow: must end with a number, as 3=1.5 does, got '1=x'"),
+        (["--slow", "1=-1"], "argument --slow: factor must be a positive finite number, got -1.0"),
+        (["--slow", "4=2"], "the rank of a fault must be in [0, 4), got 4"),
+        (["--slow-link", "1=2"], "argument --slow-link: must look like 0-8=4, got '1=2'"),
+        (["--slow-link", "1-1=2"], "argument --slow-link: link must be None or two different ranks"),
+        (["--pause", "1=2"], "argument --pause: must look like 2@10=0.5, got '1=2'"),
+        (["--pause", "1@999=2"], "rank 1 has rows 0 to "),
+        (["--pause", "1@0=inf"], "argument --pause: seconds must be a positive finite number, got inf"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_refused(run: Run, saved: Path, arguments, words):
+    """With what it should look like."""
+    assert words in refused(run("simulate", saved, *arguments))
+
+
 def test_a_schedule_is_drawn_and_exported(run: Run, tmp_path: Path):
     """The CSV is what the schedule prints, and is read back as the same orders."""
     path = tmp_path / "orders.csv"
@@ -243,6 +310,7 @@ def test_the_version_is_the_packages(run: Run):
         (["plan", "nothing", *SMALL[1:]], "a model must be the name of a preset"),
         (["show", "no/such/plan.json"], "a plan must be a readable file, got No such file or directory"),
         (["predict", "no/such/plan.json"], "No such file or directory"),
+        (["simulate", "no/such/plan.json"], "No such file or directory"),
         (["schedule", "no/such.csv"], "a schedule must be a readable file"),
     ],
 )

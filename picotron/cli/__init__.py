@@ -15,10 +15,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from picotron import __version__
-from picotron.cli import calibrate, compare, diff, plan, predict, schedule, show, train
+from picotron.cli import calibrate, compare, diff, plan, predict, schedule, show, simulate, train
 from picotron.errors import ExecutionError, PlanError
 
-COMMANDS = (plan, show, predict, train, compare, schedule, diff, calibrate)
+COMMANDS = (plan, show, predict, simulate, train, compare, schedule, diff, calibrate)
 
 REQUEST_ERROR, EXECUTION_ERROR, INTERRUPTED = 2, 3, 130
 
@@ -66,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, code: int) -> int:
-    """One line on the standard error, and the exit code."""
-    print("picotron:", *str(error).split(), file=sys.stderr)
+    """One line on the standard error, or a whole report with its notes; and the exit code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ExecutionError):
+        text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    print("picotron:", text, file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out
 from picotron.errors import PlanError
+from picotron.planner.faults import fault_from_text
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
@@ -61,7 +62,26 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=("simulated", "gloo", "nccl"),
         help="default: simulated; under torchrun nccl with a GPU for each process, else gloo",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which interleaving the simulated ranks take")
+    simulated = parser.add_argument_group("simulated ranks only")
+    simulated.add_argument(
+        "--seed", type=int, default=0, help="which interleaving the ranks take (default: 0)"
+    )
+    simulated.add_argument(
+        "--semantics",
+        choices=("buffered", "rendezvous", "batched"),
+        help="when a send is complete (default: rendezvous, when its receive is posted)",
+    )
+    simulated.add_argument(
+        "--fault",
+        metavar="KIND:NAME=VALUE,...",
+        action="append",
+        default=[],
+        help="what goes wrong, such as kill:rank=3,at=17,step=1, where at is a row of the rank's program; "
+        "kinds: kill, pause, slow, corrupt, drop, outofmemory; may be given more than once",
+    )
+    simulated.add_argument(
+        "--memory-bytes", type=int, metavar="N", help="what each rank's device holds (default: no limit)"
+    )
 
 
 def default_plan() -> TrainingPlan:
@@ -141,6 +161,7 @@ def _execute(arguments: argparse.Namespace) -> None:
         weights=weights,
         report=_progress(arguments.steps) if talk else None,
         seed=arguments.seed,
+        **_world(arguments),
     )
     if measurement is None or not first:
         return
@@ -161,6 +182,16 @@ def _execute(arguments: argparse.Namespace) -> None:
     write_out(f"\neverything is in {folder}; the plan runs unchanged on processes of its own:")
     world = chosen.topology.world_size
     write_out(f"  torchrun --nproc-per-node {world} -m picotron train {folder}/plan.json")
+
+
+def _world(arguments: argparse.Namespace) -> dict[str, object]:
+    """What was asked of simulated ranks."""
+    asked = {
+        "semantics": arguments.semantics,
+        "faults": [fault_from_text(text) for text in arguments.fault],
+        "memory_bytes": arguments.memory_bytes,
+    }
+    return {name: value for name, value in asked.items() if value is not None and value != []}
 
 
 def _check_torch() -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from attrs import frozen
+from attrs import Attribute, field, frozen
 
+from picotron.errors import PlanError
 from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
 from picotron.planner.cluster import (
     ClusterSpec,
@@ -28,12 +29,48 @@ from picotron.planner.topology import Coordinate, group_size, groups
 from picotron.planner.workload import MOMENTS
 
 
+def _floats(value: Iterable[float]) -> tuple[float, ...]:
+    return tuple(value)
+
+
+@frozen(kw_only=True)
+class CollectiveCost:
+    """One collective inside a segment, in whose communicator the rank waits for its end."""
+
+    kind: str
+    group: str
+    payload_bytes: int
+    seconds: float
+
+
+def _costs(value: Iterable[CollectiveCost]) -> tuple[CollectiveCost, ...]:
+    return tuple(value)
+
+
 @frozen(kw_only=True)
 class SegmentCost:
-    """Seconds of one segment: its own computing, and the collectives it blocks on."""
+    """Seconds of one segment in its order: stretches of computing, and a collective between each two."""
 
-    compute_seconds: float
-    communication_seconds: float
+    compute: tuple[float, ...] = field(converter=_floats)
+    collectives: tuple[CollectiveCost, ...] = field(default=(), converter=_costs)
+
+    @collectives.validator
+    def _alternate(self, _: Attribute[object], value: tuple[CollectiveCost, ...]) -> None:
+        if len(self.compute) != len(value) + 1:
+            raise PlanError(
+                f"a segment computes before, between and after its collectives: {len(value)} of them need "
+                f"{len(value) + 1} stretches, got {len(self.compute)}"
+            )
+
+    @property
+    def compute_seconds(self) -> float:
+        """Its own computing."""
+        return sum(self.compute)
+
+    @property
+    def communication_seconds(self) -> float:
+        """The collectives that it blocks on."""
+        return sum(collective.seconds for collective in self.collectives)
 
     @property
     def seconds(self) -> float:
@@ -112,38 +149,61 @@ def _slowest_link(
     return achieved_link(slowest, plan.cluster.efficiency)
 
 
-def stage_cost(plan: TrainingPlan, stage: int) -> StageCost:
-    """What one microbatch and one update cost on ``stage``."""
-    forward, backward = plan.bodies(stage)
-    seen: dict[tuple[str, str, int], float] = {}
+def stage_cost(plan: TrainingPlan, stage: int, tp_index: int = 0) -> StageCost:
+    """What one microbatch and one update cost on tensor-parallel rank ``tp_index`` of ``stage``."""
+    return _stage_cost(plan, stage, tp_index, _prices(plan))
 
-    def communication(operation: Operation) -> float:
-        key = operation.kind, operation.group, operation.payload_bytes
+
+def stage_costs(plan: TrainingPlan, tp_index: int = 0) -> tuple[StageCost, ...]:
+    """``stage_cost`` of every stage."""
+    price = _prices(plan)
+    return tuple(_stage_cost(plan, stage, tp_index, price) for stage in range(plan.topology.pp))
+
+
+def _prices(plan: TrainingPlan) -> Callable[[Operation], CollectiveCost]:
+    """What a collective of a body costs; each kind, group and payload is priced once."""
+    seen: dict[tuple[str, str, int], CollectiveCost] = {}
+
+    def price(operation: Operation) -> CollectiveCost:
+        kind, group, size = key = operation.kind, operation.group, operation.payload_bytes
         if key not in seen:
-            seen[key] = group_seconds(plan, *key)
+            seconds = group_seconds(plan, kind, group, size)
+            seen[key] = CollectiveCost(kind=kind, group=group, payload_bytes=size, seconds=seconds)
         return seen[key]
 
+    return price
+
+
+def _stage_cost(
+    plan: TrainingPlan, stage: int, tp_index: int, price: Callable[[Operation], CollectiveCost]
+) -> StageCost:
     def segment_cost(segment: SegmentBody) -> SegmentCost:
-        return SegmentCost(
-            compute_seconds=sum(compute_seconds(plan, operation) for operation in segment.operations),
-            communication_seconds=sum(communication(operation) for operation in segment.collectives),
-        )
+        compute = [0.0]
+        for operation in segment.operations:
+            if operation.kind in COLLECTIVES:
+                compute.append(0.0)
+            else:
+                compute[-1] += compute_seconds(plan, operation)
+        return SegmentCost(compute=compute, collectives=map(price, segment.collectives))
 
     def costs(body: Body) -> tuple[SegmentCost, ...]:
-        return tuple(segment_cost(segment) for segment in body.segments)
+        return tuple(map(segment_cost, body.segments))
 
+    forward, backward = plan.bodies(stage, tp_index)
     return StageCost(
-        forward=costs(forward), backward=costs(backward), update_seconds=update_seconds(plan, stage)
+        forward=costs(forward),
+        backward=costs(backward),
+        update_seconds=update_seconds(plan, stage, tp_index),
     )
 
 
-def update_seconds(plan: TrainingPlan, stage: int) -> float:
+def update_seconds(plan: TrainingPlan, stage: int, tp_index: int = 0) -> float:
     """Seconds of gradient norm, clipping and optimizer, all bound by memory.
 
     Gradients are read three times and written twice; parameters, main weights and moments are read and
-    written once.
+    written once. Of experts, those that the first expert-parallel rank holds.
     """
-    where = Coordinate(pp=stage)
+    where = Coordinate(pp=stage, tp=tp_index)
     own = [local_numel(p, where) for p in plan.held(where)]
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     per_element = 5 * form.gradient + 2 * (form.compute + form.main + moments * form.moment)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, cast
 
-from attrs import Attribute, field, frozen
+from attrs import NOTHING, Attribute, field, fields, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.validators import COUNT, POSITIVE, is_count, must_be
+from picotron.planner.validators import COUNT, POSITIVE, is_count, must_be, shown
 
 
 def _is_link(value: object) -> bool:
@@ -143,3 +144,41 @@ def link_factor(faults: Iterable[Fault], ranks: Iterable[int]) -> float:
     return math.prod(
         f.factor for f in faults if isinstance(f, Slow) and f.link is not None and members >= set(f.link)
     )
+
+
+_KINDS = {kind.__name__.lower(): kind for kind in (Kill, Pause, Slow, Corrupt, Drop, OutOfMemory)}
+_SHAPE = "KIND:NAME=VALUE,..., such as kill:rank=3,at=17,step=1 or slow:link=0-1,factor=2"
+
+
+def fault_from_text(text: str) -> Fault:
+    """The fault that ``text`` says, as on a command line. Raises PlanError for what says none.
+
+    >>> fault_from_text("pause:rank=3,at=17,seconds=0.5")
+    Pause(rank=3, at=17, seconds=0.5, step=0)
+    >>> fault_from_text("slow:link=0-1,factor=2")
+    Slow(rank=None, link=(0, 1), factor=2.0)
+    """
+    name, _, rest = text.partition(":")
+    if name not in _KINDS:
+        raise PlanError(f"a fault must be {_SHAPE}, of a kind of {', '.join(_KINDS)}; got {shown(text)}")
+    kind = _KINDS[name]
+    known = [f.name for f in fields(kind)]
+    values: dict[str, object] = {}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in known:
+            raise PlanError(f"a fault must be {_SHAPE}; {name} takes {', '.join(known)}, got {shown(part)}")
+        values[key] = _value(key, value, text)
+    needed = [f.name for f in fields(kind) if f.default is NOTHING and f.name not in values]
+    if needed:
+        raise PlanError(f"the fault {name} needs {', '.join(needed)}, got {shown(text)}")
+    return cast(Fault, cast(Any, kind)(**values))
+
+
+def _value(key: str, text: str, whole: str) -> object:
+    try:
+        if key == "link":
+            return tuple(map(int, text.split("-")))
+        return float(text) if key in ("seconds", "factor") else int(text)
+    except ValueError:
+        raise PlanError(f"{key} of a fault must be a number (of link: A-B), got {shown(whole)}") from None

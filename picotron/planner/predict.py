@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.body import collective_bytes
+from picotron.planner.classes import axis_indices
 from picotron.planner.cluster import peak_flops_per_second
-from picotron.planner.cost import SegmentCost
+from picotron.planner.cost import SegmentCost, StageCost
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import Kind, Program, payload_bytes, rows
-from picotron.planner.timeline import Durations, Timeline, bubble_seconds, durations, simulate_program
+from picotron.planner.program import COMPUTE, payload_bytes
+from picotron.planner.simulate import Durations, durations, pipeline_timeline, priced_step, slices
+from picotron.planner.timeline import Timeline, bubble_seconds
 from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
-MAX_STEP_SECONDS = 1e15
 
 
 @frozen(kw_only=True)
@@ -68,18 +72,11 @@ def predict(plan: TrainingPlan) -> Prediction:
     """
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
-    program = plan.program()
-    seconds = durations(plan, program)
-    timeline = simulate_program(program, seconds)
-    step_seconds = timeline.makespan_seconds
-    if not 0 < step_seconds < MAX_STEP_SECONDS:
-        raise PlanError(
-            f"a step must take between 0 and {MAX_STEP_SECONDS:.0e} seconds, got {step_seconds}; "
-            "look at the cluster's rates and efficiencies"
-        )
+    seconds = {index: durations(plan, index) for index in set(slices(plan))}
+    step = priced_step(plan, (), seconds)
+    step_seconds = step.step_seconds
     tokens = plan.workload.global_batch * plan.workload.seq_len
-    bubbles = bubble_seconds(plan.schedule, seconds.stages)
-    work = _compute_seconds(plan, seconds)
+    bubbles = bubble_seconds(plan.schedule, seconds[0].stages)
     memory = _memory_by_rank(plan)
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].max_bytes)
     peak = peak_flops_per_second(plan.cluster.device, plan.workload.precision) * plan.cluster.num_devices
@@ -92,11 +89,9 @@ def predict(plan: TrainingPlan) -> Prediction:
         mfu_causal=model_flops(plan, "causal") / step_seconds / peak,
         hfu=_executed_flops(plan) / step_seconds / peak,
         bubble_seconds=bubbles,
-        bubble_fraction=_bubble_fraction(plan, seconds, bubbles),
-        exposed_communication_seconds=step_seconds - _without_communication(program, seconds),
-        compute_seconds_by_rank=tuple(
-            work[coordinate(plan.topology, r).pp] for r in range(plan.topology.world_size)
-        ),
+        bubble_fraction=_bubble_fraction(plan, seconds[0].stages[0], bubbles),
+        exposed_communication_seconds=step_seconds - _seconds_without_communication(plan, seconds),
+        compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
         memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
         peak_memory_bytes=memory[fullest].max_bytes,
         peak_memory_rank=fullest,
@@ -104,7 +99,7 @@ def predict(plan: TrainingPlan) -> Prediction:
         capacity_bytes=plan.cluster.device.memory_bytes,
         misfits=_misfits(plan, memory),
         payload_bytes_by_rank=planned_payloads(plan),
-        timeline=timeline,
+        timeline=pipeline_timeline(step),
     )
 
 
@@ -119,34 +114,37 @@ def model_flops(plan: TrainingPlan, attention: AttentionCount) -> int:
 
 def _executed_flops(plan: TrainingPlan) -> int:
     """What all ranks execute in a step: a stage's bodies on each of its ranks."""
-    ranks_a_stage = plan.topology.world_size // plan.topology.pp
-    per_microbatch = sum(body.flops for stage in range(plan.topology.pp) for body in plan.bodies(stage))
-    return per_microbatch * plan.num_microbatches * ranks_a_stage
+    per_microbatch = sum(
+        body.flops * count
+        for index, count in Counter(slices(plan)).items()
+        for stage in range(plan.topology.pp)
+        for body in plan.bodies(stage, index)
+    )
+    return per_microbatch * plan.num_microbatches * plan.topology.dp * plan.topology.cp
 
 
-def _compute_seconds(plan: TrainingPlan, seconds: Durations) -> list[float]:
-    return [stage.compute_seconds * plan.num_microbatches + stage.update_seconds for stage in seconds.stages]
-
-
-def _bubble_fraction(plan: TrainingPlan, seconds: Durations, bubbles: tuple[float, ...]) -> float:
-    stage = seconds.stages[0]
+def _bubble_fraction(plan: TrainingPlan, stage: StageCost, bubbles: tuple[float, ...]) -> float:
     makespan = bubbles[0] + plan.num_microbatches * (stage.forward_seconds + stage.backward_seconds)
     return sum(bubbles) / len(bubbles) / makespan
 
 
-def _without_communication(program: Program, seconds: Durations) -> float:
-    """Makespan with every transfer and collective free."""
+def _seconds_without_communication(plan: TrainingPlan, seconds: Mapping[int, Durations]) -> float:
+    """The step with every transfer and collective free."""
+    free = {index: _without_communication(own) for index, own in seconds.items()}
+    return priced_step(plan, (), free).step_seconds
 
-    def free(costs: tuple[SegmentCost, ...]) -> tuple[SegmentCost, ...]:
-        return tuple(evolve(segment, communication_seconds=0.0) for segment in costs)
 
-    stages = tuple(
-        evolve(stage, forward=free(stage.forward), backward=free(stage.backward)) for stage in seconds.stages
-    )
+def _without_communication(seconds: Durations) -> Durations:
+    def free(segment: SegmentCost) -> SegmentCost:
+        collectives = tuple(evolve(collective, seconds=0.0) for collective in segment.collectives)
+        return evolve(segment, collectives=collectives)
+
+    stages = [
+        evolve(stage, forward=tuple(map(free, stage.forward)), backward=tuple(map(free, stage.backward)))
+        for stage in seconds.stages
+    ]
     reductions = dict.fromkeys(seconds.reduce_seconds, 0.0)
-    return simulate_program(
-        program, Durations(stages=stages, send_seconds=0.0, reduce_seconds=reductions)
-    ).makespan_seconds
+    return Durations(stages=tuple(stages), send_seconds=0.0, reduce_seconds=reductions)
 
 
 def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
@@ -154,60 +152,56 @@ def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
 
     Among those, the gradient norm's scratch differs by a few bytes for each tensor; no other moment does.
     """
-    found: dict[tuple[int, int, int], MemoryTimeline] = {}
-    out = []
-    for rank in range(plan.topology.world_size):
-        _, key = _alike(plan, rank)
-        if key not in found:
-            found[key] = memory_timeline(plan, rank)
-        out.append(found[key])
-    return tuple(out)
+    keys = _alike(plan)
+    found = {key: memory_timeline(plan, rank) for key, rank in _firsts(keys).items()}
+    return tuple(found[key] for key in keys)
 
 
 def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[str, ...]:
     """One line for each stage that exceeds the device: by how much, and what takes most."""
     capacity = plan.cluster.device.memory_bytes
     lines: dict[int, str] = {}
-    for rank, timeline in enumerate(memory):
-        if timeline.max_bytes > capacity:
-            stage = coordinate(plan.topology, rank).pp
+    for stage, timeline in zip(axis_indices(plan.topology)["pp"], memory, strict=True):
+        if timeline.max_bytes > capacity and stage not in lines:
             name, size = max(timeline.peak_by_category, key=lambda item: item[1])
-            lines.setdefault(
-                stage,
+            lines[stage] = (
                 f"stage {stage} needs {timeline.max_bytes / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
                 f"{(timeline.max_bytes - capacity) / 2**30:.2f} too much, "
-                f"most of it {name} ({size / 2**30:.2f} GiB)",
+                f"most of it {name} ({size / 2**30:.2f} GiB)"
             )
     return tuple(lines.values())
 
 
 def planned_payloads(plan: TrainingPlan) -> tuple[tuple[tuple[str, str, int], ...], ...]:
     """For each rank, (kind, group, bytes) that it hands over in one step, in sorted order."""
-    found: dict[tuple[int, int, int], tuple[tuple[str, str, int], ...]] = {}
-    out = []
-    for rank in range(plan.topology.world_size):
-        where, key = _alike(plan, rank)
-        if key not in found:
-            found[key] = _payload(plan, where)
-        out.append(found[key])
-    return tuple(out)
+    keys = _alike(plan)
+    found = {key: _payload(plan, coordinate(plan.topology, rank)) for key, rank in _firsts(keys).items()}
+    return tuple(found[key] for key in keys)
 
 
-def _alike(plan: TrainingPlan, rank: int) -> tuple[Coordinate, tuple[int, int, int]]:
-    """Where ``rank`` sits, and what it shares with the ranks whose stage and slices are the same."""
-    where = coordinate(plan.topology, rank)
+def _alike(plan: TrainingPlan) -> list[tuple[int, int, int]]:
+    """For each rank, what it shares with the ranks whose stage and slices are the same."""
+    indices = axis_indices(plan.topology)
     even = plan.model.vocab_size % plan.topology.tp == 0
-    return where, (where.pp, 0 if even else where.tp, where.ep)
+    return [
+        (pp, 0 if even else tp, ep)
+        for pp, tp, ep in zip(indices["pp"], indices["tp"], indices["ep"], strict=True)
+    ]
+
+
+def _firsts(keys: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], int]:
+    """The first rank that has each key."""
+    found: dict[tuple[int, int, int], int] = {}
+    for rank, key in enumerate(keys):
+        found.setdefault(key, rank)
+    return found
 
 
 def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:
     program = plan.program(where.tp)
     totals = payload_bytes(program, where.pp)
-    counts = {
-        kind: sum(row.kind is kind for row in rows(program, where.pp))
-        for kind in (Kind.FORWARD, Kind.BACKWARD)
-    }
-    for body, kind in zip(plan.bodies(where.pp, where.tp), counts, strict=True):
+    kinds = program.kind[program.offsets[where.pp] : program.offsets[where.pp + 1]].tolist()
+    for body, kind in zip(plan.bodies(where.pp, where.tp), COMPUTE, strict=True):
         for key, size in collective_bytes(body).items():
-            totals[key] = totals.get(key, 0) + size * counts[kind]
+            totals[key] = totals.get(key, 0) + size * kinds.count(kind)
     return tuple(sorted((kind, group, size) for (kind, group), size in totals.items()))

@@ -8,29 +8,51 @@ from typing import Any
 import torch
 
 
+def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
+    """Invert one bit of one element, both counted modulo what there is."""
+    if not tensor.numel():
+        return
+    content = tensor.detach().view(-1).view(torch.uint8)
+    size = tensor.element_size()
+    byte = (element % tensor.numel()) * size + bit % (8 * size) // 8
+    content[byte] ^= 1 << bit % 8
+
+
 def _all_reduce(parts: list[tuple[torch.Tensor, str]]) -> None:
     total, op = parts[0]
-    _accumulate(total, [tensor for tensor, _ in parts[1:]], op)
+    _reduce(total, [tensor for tensor, _ in parts], op)
     for tensor, _ in parts[1:]:
         tensor.copy_(total)
 
 
 def _reduce_scatter(parts: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None:
-    total, op = parts[0][1].clone(), parts[0][2]
-    _accumulate(total, [tensor for _, tensor, _ in parts[1:]], op)
-    for (output, _, _), piece in zip(parts, total.chunk(len(parts)), strict=True):
-        output.copy_(piece)
+    pieces = [tensor.chunk(len(parts)) for _, tensor, _ in parts]
+    for place, (output, whole, op) in enumerate(parts):
+        own = [piece[place] for piece in pieces]
+        inside = output.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        total = torch.empty_like(output) if inside else output
+        _reduce(total, own, op)
+        if inside:
+            output.copy_(total)
 
 
-def _accumulate(total: torch.Tensor, others: list[torch.Tensor], op: str) -> None:
-    """Reduce ``others``, in their order, into ``total``."""
-    for other in others:
-        if op == "max":
-            torch.maximum(total, other, out=total)
-        else:
-            total.add_(other)
+_REDUCE: Mapping[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "max": torch.maximum,
+}
+
+
+def _reduce(total: torch.Tensor, tensors: list[torch.Tensor], op: str) -> None:
+    """Write to ``total``, which may be the first of them, what ``tensors`` are together, in their order."""
+    combine = torch.logical_or if total.dtype == torch.bool else _REDUCE[op]
+    so_far = tensors[0]
+    for tensor in tensors[1:]:
+        so_far = combine(so_far, tensor, out=total)
+    if len(tensors) == 1 and total is not tensors[0]:
+        total.copy_(tensors[0])
     if op == "avg":
-        total.div_(len(others) + 1)
+        total.div_(len(tensors))
 
 
 def _all_gather(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

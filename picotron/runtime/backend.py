@@ -16,9 +16,9 @@ Rules both keep:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from attrs import field, frozen
@@ -37,11 +37,16 @@ _REDUCIBLE = (
     torch.int32,
     torch.int8,
     torch.uint8,
+    torch.bool,  # max alone: whether any
 )
 
 
 class Handle(Protocol):
-    """An operation under way."""
+    """An operation under way. Every handle is to be waited for, once at least."""
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Start and end on the rank's clock once it is complete, where the backend knows them."""
 
     def wait(self) -> None:
         """Return once the operation is complete; a second call returns at once.
@@ -75,12 +80,26 @@ class Group:
         return f"{self.name} {list(self.ranks)}".lstrip()
 
 
+@frozen
+class Transfer:
+    """One end of a message: ``kind`` is "send" to or "recv" from world rank ``peer``."""
+
+    kind: Literal["send", "recv"]
+    tensor: torch.Tensor
+    peer: int
+    channel: str = ""
+
+
+Clock = Literal["virtual", "virtual cpu", "host"]
+"""What mark() tells: seconds that spend() and prices make pass, a thread's own CPU seconds, or the host's."""
+
+
 @frozen(kw_only=True)
 class Capabilities:
     """What a backend can do, and what is dear on it."""
 
     name: str  # "simulated" | "gloo" | "nccl"
-    virtual_time: bool  # mark() is a computed clock, not the host's
+    clock: Clock
     fused_reduce_scatter: bool  # False: it moves and adds as much as an all_reduce
     dtypes: tuple[torch.dtype, ...] = _REDUCIBLE  # those that can be reduced
 
@@ -150,6 +169,9 @@ class Backend(Protocol):
     def recv(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
         """Receive into ``tensor`` the next message of ``peer`` on ``channel``, in order of posting."""
 
+    def batch(self, transfers: Sequence[Transfer]) -> Handle:
+        """Post several sends and receives together, in no order among them; complete when all are."""
+
     def barrier(self) -> None:
         """Return once every rank of the world has called it."""
 
@@ -162,6 +184,15 @@ class Backend(Protocol):
     def mark(self) -> float:
         """Seconds on this rank's clock; only differences mean anything."""
 
+    def spend(self, seconds: float) -> None:
+        """Compute for so long by the plan: moves a virtual clock, and does nothing where time is real."""
+
+    def at(self, step: int, index: int, action: str = "") -> None:
+        """Say where this rank is, for reports and for faults that strike there.
+
+        ``step`` and ``index`` are those of a training step and a row, or -1 outside of one.
+        """
+
     def cpu_seconds(self) -> float:
         """CPU seconds this rank has spent since its backend was opened, its communication included."""
 
@@ -172,12 +203,25 @@ class Backend(Protocol):
         """Tell the other ranks that this one has failed with ``error``."""
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
-    """Inside, neither autograd nor a dispatch mode sees what is done."""
-    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
-    with torch.no_grad(), modes:
-        yield
+class unseen:  # noqa: N801
+    """A context in which neither autograd nor a dispatch mode sees what is done."""
+
+    __slots__ = ("_grad", "_modes")
+
+    def __enter__(self) -> None:
+        """A class, and not a generator, since every operation of a simulated rank passes here."""
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._modes: Any = None
+        if torch._C._len_torch_dispatch_stack():
+            self._modes = _disable_current_modes()
+            self._modes.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Put both back."""
+        if self._modes is not None:
+            self._modes.__exit__(*error)
+        torch._C._set_grad_enabled(self._grad)
 
 
 def check_ranks(rank: int, ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
@@ -271,6 +315,12 @@ def _member_action(kind: str, rank: int, group: Group) -> str:
 
 def _check_dense(rank: int, action: str, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise ExecutionError(
+                f"tensors must be plain, got a {type(tensor).__name__}: pass what it holds",
+                rank=rank,
+                action=action,
+            )
         if not tensor.is_contiguous():
             raise ExecutionError(
                 f"tensors must be contiguous, got strides {tensor.stride()} for {_shape(tensor)}: "
@@ -289,7 +339,8 @@ def _check_dense(rank: int, action: str, *tensors: torch.Tensor) -> None:
 def _check_reduction(rank: int, action: str, tensor: torch.Tensor, op: str) -> None:
     if op not in REDUCTIONS:
         raise ExecutionError(f"op must be one of {REDUCTIONS}, got {op!r}", rank=rank, action=action)
-    if tensor.dtype not in _REDUCIBLE or (op == "avg" and not tensor.is_floating_point()):
+    refused = (op == "avg" and not tensor.is_floating_point()) or (op == "sum" and tensor.dtype == torch.bool)
+    if tensor.dtype not in _REDUCIBLE or refused:
         raise ExecutionError(
             f"dtype must be one that {op} is defined for, got {tensor.dtype}: cast first",
             rank=rank,

@@ -22,13 +22,21 @@ class Communicator:
         self.backend, self.groups = backend, groups
         self.payload_bytes: dict[tuple[str, str], int] = {}
         self._planned: Sequence[Operation] = ()
+        self._stretches: Sequence[float] = ()
         self._cursor = 0
         self._action, self._row = "", -1
         self.measuring = False  # live memory: then no operation may hold a tensor beyond its end
 
-    def open(self, action: str, row: int, planned: Sequence[Operation]) -> None:
-        """Enter a segment of ``row`` whose collectives are ``planned``."""
+    def open(
+        self, action: str, row: int, planned: Sequence[Operation], stretches: Sequence[float] = ()
+    ) -> None:
+        """Enter a segment of ``row`` whose collectives are ``planned``.
+
+        ``stretches``: seconds of computing before, between and after them, for a virtual clock.
+        """
         self._planned, self._cursor, self._action, self._row = planned, 0, action, row
+        self._stretches = stretches
+        self._spend()
 
     def close(self) -> None:
         """Leave the segment. Raises ExecutionError if a planned collective was not issued."""
@@ -67,8 +75,14 @@ class Communicator:
         self._count("recv", "pp", tensor, planned_bytes)
         return self.backend.recv(tensor, peer, channel)
 
+    def _spend(self) -> None:
+        """Compute the stretch that leads up to the next collective, or to the end of the segment."""
+        if self._stretches:
+            self.backend.spend(self._stretches[self._cursor])
+
     def _finish(self, handle: Handle) -> None:
         handle.wait()
+        self._spend()
         if self.measuring:
             self.backend.settle()
 

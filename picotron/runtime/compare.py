@@ -7,7 +7,7 @@ from statistics import median
 from attrs import frozen
 
 from picotron.errors import PlanError
-from picotron.planner.memory import memory_timeline
+from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.predict import Prediction
 from picotron.planner.program import execution_order, rows
 from picotron.planner.topology import coordinate
@@ -127,6 +127,7 @@ def _memory(prediction: Prediction, measurement: Measurement) -> list[Line]:
             verdict=_verdict(equal == moments),
         )
     )
+    lines += _standing(measurement)
     peak = max(timeline.max_bytes for timeline in measurement.memory)
     lines.append(
         Line(
@@ -138,6 +139,35 @@ def _memory(prediction: Prediction, measurement: Measurement) -> list[Line]:
         )
     )
     return lines
+
+
+def _standing(measurement: Measurement) -> list[Line]:
+    """What stands between steps, all ranks together, by category."""
+    plan = measurement.plan
+    planned: dict[str, int] = {}
+    counted: dict[str, int] = {}
+    for measured in measurement.memory:
+        static = static_bytes(plan, coordinate(plan.topology, measured.rank))
+        found = dict(measured.peak_by_category)
+        for name, size in static.items():
+            planned[name] = planned.get(name, 0) + size
+            counted[name] = counted.get(name, 0) + found.get(name, 0)
+    return [
+        Line(
+            quantity=f"{name}, all ranks",
+            predicted=f"{planned[name]:,} B",
+            measured=f"{counted[name]:,} B",
+            verdict=_verdict(planned[name] == counted[name]),
+        )
+        for name in planned
+    ]
+
+
+_CLOCKS = {
+    "virtual": "virtual time, in which the plan's own seconds pass",
+    "virtual cpu": "virtual time: CPU seconds, with a core for each rank",
+    "host": "host clock",
+}
 
 
 def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
@@ -158,18 +188,13 @@ def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
                 remark=f"estimate for {measurement.plan.cluster.name}",
             )
         )
-    clock = (
-        "virtual time: a core for each rank, transfers free"
-        if measurement.clock == "virtual"
-        else "host clock"
-    )
     lines.append(
         Line(
             quantity="step time",
             predicted=f"{prediction.step_seconds:.3f} s",
             measured=f"{median(steps):.3f} s",
             verdict=_ratio(median(steps), prediction.step_seconds),
-            remark=clock,
+            remark=_CLOCKS.get(measurement.clock, measurement.clock),
         )
     )
     return lines

@@ -1,12 +1,12 @@
-"""The world of torch.distributed: gloo on CPU, NCCL on CUDA. The one module that imports it.
+"""The world of torch.distributed: gloo on CPU, NCCL on CUDA. No other module talks to it but ``torch_api``.
 
 A process opens one backend at a time; torch's default group is then that backend's world. ``connect`` reads
 torchrun's environment once a process; several backends can follow one another over the same ``Processes``,
 each over all of them or over a part, whose ranks then count from 0.
 
 - avg on gloo is the sum, divided when waited for.
-- A channel is a tag on gloo. On NCCL it is a communicator of its own per pair, made by its first operation,
-  which therefore waits for the peer's first on that channel.
+- A channel is a tag on gloo. On NCCL each direction of it is a communicator of its own per pair, made by its
+  first operation, which therefore waits for the peer's first.
 - Whatever torch raises, because a peer died or the timeout passed, is an ExecutionError that names rank and
   operation, and the failure a rank announced by ``abort`` if there was one.
 """
@@ -32,6 +32,7 @@ from picotron.runtime.backend import (
     Capabilities,
     Group,
     Handle,
+    Transfer,
     check_all_gather,
     check_all_reduce,
     check_all_to_all,
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 600.0
 SETTLE_SECONDS = 3e-3
 
-GLOO = Capabilities(name="gloo", virtual_time=False, fused_reduce_scatter=False)
-NCCL = Capabilities(name="nccl", virtual_time=False, fused_reduce_scatter=True)
+GLOO = Capabilities(name="gloo", clock="host", fused_reduce_scatter=False)
+NCCL = Capabilities(name="nccl", clock="host", fused_reduce_scatter=True)
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "avg": dist.ReduceOp.AVG}
@@ -101,7 +102,7 @@ class DistributedBackend:
         self.capabilities = NCCL if self.device.type == "cuda" else GLOO
         self._timeout = timedelta(seconds=timeout_seconds)
         self._store = _fresh_store(processes, members)
-        self._pairs: dict[tuple[int, str], Any] = {}  # NCCL communicators by peer and channel
+        self._pairs: dict[tuple[int, int, str], Any] = {}  # NCCL communicators by sender, receiver, channel
         self._tags: dict[int, str] = {}
         self._started_cpu_seconds = time.process_time()
         with self._named("open"):
@@ -208,7 +209,7 @@ class DistributedBackend:
         check_message(self.rank, "send", tensor, peer, self.world_size)
         with self._named(action := f"send to rank {peer} on channel {channel!r}"):
             if self.capabilities is NCCL:
-                work = self._pair(peer, channel).send([tensor], int(peer > self.rank), 0)
+                work = self._pair(self.rank, peer, channel).send([tensor], 1, 0)
             else:
                 work = dist.isend(tensor, peer, tag=self._tag(channel))
         return DistributedHandle(self, action, work, None)
@@ -218,10 +219,15 @@ class DistributedBackend:
         check_message(self.rank, "recv", tensor, peer, self.world_size)
         with self._named(action := f"recv from rank {peer} on channel {channel!r}"):
             if self.capabilities is NCCL:
-                work = self._pair(peer, channel).recv([tensor], int(peer > self.rank), 0)
+                work = self._pair(peer, self.rank, channel).recv([tensor], 0, 0)
             else:
                 work = dist.irecv(tensor, peer, tag=self._tag(channel))
         return DistributedHandle(self, action, work, None)
+
+    def batch(self, transfers: Sequence[Transfer]) -> Handle:
+        """Post several sends and receives, one after the other: none of them waits for another."""
+        post = {"send": self.send, "recv": self.recv}
+        return _All([post[t.kind](t.tensor, t.peer, t.channel) for t in transfers])
 
     def barrier(self) -> None:
         """Return once every rank's host has called it."""
@@ -241,6 +247,12 @@ class DistributedBackend:
     def mark(self) -> float:
         """Host seconds; on CUDA the device may be behind."""
         return time.perf_counter()
+
+    def spend(self, seconds: float) -> None:
+        """Nothing: time is real."""
+
+    def at(self, step: int, index: int, action: str = "") -> None:
+        """Nothing: errors name the operation."""
 
     def cpu_seconds(self) -> float:
         """CPU seconds of this process, the communication's own threads included."""
@@ -286,15 +298,15 @@ class DistributedBackend:
             )
         return tag
 
-    def _pair(self, peer: int, channel: str) -> Any:
-        """The NCCL communicator of this pair and channel."""
-        if (peer, channel) not in self._pairs:
-            low, high = sorted((self.rank, peer))
-            store = _part(self._store, f"pair/{low}/{high}/{channel}")
+    def _pair(self, sender: int, receiver: int, channel: str) -> Any:
+        """The NCCL communicator of this channel and direction; the sender is its rank 0."""
+        key = sender, receiver, channel
+        if key not in self._pairs:
+            store = _part(self._store, f"pair/{sender}/{receiver}/{channel}")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            self._pairs[peer, channel] = dist.ProcessGroupNCCL(store, int(self.rank == high), 2, options)
-        return self._pairs[peer, channel]
+            self._pairs[key] = dist.ProcessGroupNCCL(store, int(self.rank == receiver), 2, options)
+        return self._pairs[key]
 
     @contextmanager
     def _named(self, action: str) -> Iterator[None]:
@@ -324,6 +336,11 @@ class DistributedHandle:
     work: Any
     finish: Callable[[], object] | None
 
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Unknown: torch does not tell."""
+        return None
+
     def wait(self) -> None:
         """Return once it is complete."""
         if self.work is None:
@@ -333,6 +350,23 @@ class DistributedHandle:
             if self.finish is not None:
                 self.finish()
         self.work = None
+
+
+@frozen
+class _All:
+    """Several operations as one."""
+
+    handles: list[Handle]
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Unknown."""
+        return None
+
+    def wait(self) -> None:
+        """Return once all are complete."""
+        for handle in self.handles:
+            handle.wait()
 
 
 def _device(device: torch.device | str | None, local_rank: int) -> torch.device:

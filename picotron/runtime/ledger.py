@@ -1,4 +1,4 @@
-"""What simulated ranks have posted and not yet matched: messages, receives and collectives."""
+"""What simulated ranks have posted and not yet matched: messages and collectives."""
 
 from __future__ import annotations
 
@@ -6,35 +6,62 @@ from collections import deque
 from typing import Any
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from picotron.runtime.backend import Group
+from picotron.runtime.guards import Guard
 from picotron.runtime.scheduler import Operation
+
+Channel = tuple[int, int, str]  # sender, receiver, name
 
 
 @define(eq=False, kw_only=True)
-class Receive(Operation):
-    """A receive that was posted and has no message yet."""
+class Post(Operation):
+    """One end of a message. ``rank`` posted it; ``ready_seconds`` is when it may begin."""
 
-    sender: int
+    kind: str  # "send" | "recv"
+    rank: int
+    peer: int
     channel: str
     tensor: torch.Tensor
+    ready_seconds: float
+    place: str
+    guards: tuple[Guard, ...]
+    corrupt: tuple[int, int] | None = None  # element and bit of what is received
+    batch: Batch | None = None
+
+    @property
+    def key(self) -> Channel:
+        """The channel of its message."""
+        ends = (self.rank, self.peer) if self.kind == "send" else (self.peer, self.rank)
+        return (*ends, self.channel)
 
     def describe(self) -> str:
         """As reports name it."""
-        return f"recv #{self.number} from rank {self.sender} on channel {self.channel!r}"
+        way = "to" if self.kind == "send" else "from"
+        return f"{self.kind} #{self.number} {way} rank {self.peer} on channel {self.channel!r}"
 
     def absent(self) -> tuple[int, ...]:
-        """The sender."""
-        return (self.sender,)
+        """The other end."""
+        return (self.peer,)
+
+    def __str__(self) -> str:
+        """Who posted what, and where."""
+        return f"rank {self.rank} posted {self.describe()} ({self.place})"
 
 
-@frozen
-class Message:
-    """A send that was posted and has no receive yet."""
+@define(eq=False)
+class Batch:
+    """Messages that one rank posts together; ``num_open`` of them are not complete."""
 
-    content: torch.Tensor
-    posted_seconds: float
+    posts: tuple[Post, ...]
+    num_open: int
+    begun: bool = False
+
+    @property
+    def queues(self) -> set[tuple[int, int, str]]:
+        """The (rank, peer, channel) whose batches come one after the other."""
+        return {(post.rank, post.peer, post.channel) for post in self.posts}
 
 
 @frozen
@@ -44,19 +71,23 @@ class Part:
     agreed: tuple[object, ...]
     arguments: tuple[Any, ...]
     posted_seconds: float
+    place: str
+    guards: tuple[Guard, ...] = ()
+    corrupt: tuple[int, int] | None = None
 
 
 @define(eq=False, kw_only=True)
 class Collective(Operation):
     """The n-th collective of a group."""
 
+    kind: str
     group: Group
+    payload_bytes: int = 0
     parts: dict[int, Part] = field(factory=dict)
 
     def describe(self) -> str:
         """As reports name it."""
-        kind = next(iter(self.parts.values())).agreed[0]
-        return f"{kind} #{self.number} in group {self.group}"
+        return f"{self.kind} #{self.number} in group {self.group}"
 
     def absent(self) -> tuple[int, ...]:
         """The members that have not posted it."""
@@ -66,24 +97,54 @@ class Collective(Operation):
         """Every member's arguments."""
         return [self.parts[rank].arguments for rank in self.group.ranks]
 
-    def let_go(self) -> None:
-        """Drop the members' tensors: a late waiter must not keep another rank's memory alive."""
-        self.parts = {rank: evolve(part, arguments=()) for rank, part in self.parts.items()}
+    def disagreement(self, rank: int, part: Part) -> str | None:
+        """Words for ``part`` and the first one posted, where they are no parts of one collective."""
+        first_rank, first = next(iter(self.parts.items()), (rank, part))
+        if part.agreed == first.agreed:
+            return None
+        told = "; ".join(
+            f"rank {who} posted {' '.join(map(str, p.agreed))}" + (f" ({p.place})" if p.place else "")
+            for who, p in ((first_rank, first), (rank, part))
+        )
+        return f"members of group {self.group} must post the same collective: {told}"
 
 
 @define(eq=False)
 class Ledger:
     """What has been posted and not yet matched."""
 
-    collectives: dict[tuple[int, int], Collective] = field(factory=dict)  # by communicator and number
-    messages: dict[tuple[int, int, str], deque[Message]] = field(factory=dict)  # by sender, receiver, channel
-    receives: dict[tuple[int, int, str], deque[Receive]] = field(factory=dict)
+    collectives: dict[tuple[object, int], Collective] = field(factory=dict)  # by communicator, number
+    sends: dict[Channel, deque[Post]] = field(factory=dict)
+    receives: dict[Channel, deque[Post]] = field(factory=dict)
+    batches: dict[Channel, deque[Batch]] = field(factory=dict)  # by rank, peer and channel
+    num_sent: dict[tuple[int, int], int] = field(factory=dict)  # messages by sender and receiver
+    dropped: list[str] = field(factory=list)
+    vanished: dict[int, str] = field(factory=dict)  # ranks that a fault has killed, in words
 
+    def unmatched(self) -> list[str]:
+        """Messages that have one end only and nobody waits for, as reports name them."""
+        waiting = [
+            post for queue in (self.sends, self.receives) for posts in queue.values() for post in posts
+        ]
+        behind = [
+            post
+            for batches in self.batches.values()
+            for batch in batches
+            if not batch.begun
+            for post in batch.posts
+        ]
+        found = [
+            f"unmatched: {post}"
+            for post in dict.fromkeys([*waiting, *behind])
+            if not post.waiting  # who waits is told of anyway
+        ]
+        return found + [f"lost: {words}" for words in self.dropped]
 
-def disagreement(group: Group, first_rank: int, first: Part, rank: int, part: Part) -> str:
-    """Words for two members that posted different collectives."""
-    theirs, ours = (" ".join(map(str, p.agreed)) for p in (first, part))
-    return (
-        f"members of group {group} must post the same collective: "
-        f"rank {first_rank} posted {theirs}, rank {rank} posted {ours}"
-    )
+    def unreceived(self) -> list[str]:
+        """Messages that were sent, and that nobody has asked for."""
+        return [
+            f"unmatched: {post}"
+            for posts in self.sends.values()
+            for post in posts
+            if post.end_seconds is not None
+        ]

@@ -16,13 +16,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from picotron.errors import ExecutionError
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each counted once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+class OutOfMemoryError(ExecutionError, torch.OutOfMemoryError):
+    """The error that a real device raises, naming the rank; torch's handlers catch it too."""
+
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts live storage bytes while active; ``peak_bytes`` is the most since ``restart_peak``."""
 
-    def __init__(self, standing: Iterable[torch.Tensor] = ()) -> None:
-        """``standing``: tensors that live already and are to be counted."""
+    def __init__(
+        self, standing: Iterable[torch.Tensor] = (), *, limit_bytes: int | None = None, rank: int = 0
+    ) -> None:
+        """``standing``: tensors that live already and are to be counted.
+
+        An operation that makes more live than ``limit_bytes`` raises OutOfMemoryError, naming ``rank``.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self._limit_bytes, self._rank = limit_bytes, rank
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -51,6 +69,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
             self.live_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self._limit_bytes is not None and self.live_bytes > self._limit_bytes:
+            raise OutOfMemoryError(
+                f"out of memory: an operation needs {size:,} bytes more, {self.live_bytes - size:,} are live "
+                f"and the device holds {self._limit_bytes:,}",
+                rank=self._rank,
+            )
 
     def _forget(self, key: int, size: int) -> None:
         with self._counting:

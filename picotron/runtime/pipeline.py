@@ -7,8 +7,9 @@ end in a ``MemoryTimeline``, payload by collective and group.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from attrs import define, frozen
 
 from picotron.errors import ExecutionError
-from picotron.planner.body import Body, SegmentBody
+from picotron.planner.body import Body, Category
+from picotron.planner.cost import stage_cost
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import RECEIVES, SENDS, Kind, Row, anchored, rows
@@ -28,7 +30,7 @@ from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
 from picotron.runtime.kernels import rotary_tables
 from picotron.runtime.layout import DTYPES, WeightSource, initial_weights, slice_of
-from picotron.runtime.memory import MemoryTracker
+from picotron.runtime.memory import MemoryTracker, storage_bytes
 from picotron.runtime.optimizer import (
     clip_coefficient,
     learning_rate,
@@ -106,6 +108,7 @@ class Session:
     def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
         """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
         check_world(plan, backend)
+        backend.at(-1, -1, "opening a session")
         self.plan, self.backend = plan, backend
         self.where = coordinate(plan.topology, backend.rank)
         self.program = plan.program(self.where.tp)
@@ -114,6 +117,7 @@ class Session:
         self.anchored = anchored(self.rows)
         forward, backward = plan.bodies(self.where.pp, self.where.tp)
         self.bodies: dict[Kind, Body] = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
+        self.costs = stage_cost(plan, self.where.pp, self.where.tp)
         self.communicator = Communicator(backend, open_groups(plan, backend))
         self.placements = plan.held(self.where)
         self.dtype = DTYPES[plan.workload.precision]
@@ -165,19 +169,15 @@ class Session:
             positions=positions,
         )
 
-    def standing_tensors(self) -> list[torch.Tensor]:
-        """Everything that lives between steps."""
-        constants = [
-            *(self.context.rotary or ()),
-            *([] if self.context.positions is None else [self.context.positions]),
-        ]
-        return [
-            *self.weights.values(),
-            *self.flat_gradients,
-            *optimizer_tensors(self.optimizer),
-            self.statistics,
-            *constants,
-        ]
+    def standing_tensors(self) -> dict[Category, list[torch.Tensor]]:
+        """Everything that lives between steps, by the plan's categories."""
+        positions = [] if self.context.positions is None else [self.context.positions]
+        return {
+            "parameters": list(self.weights.values()),
+            "gradients": self.flat_gradients,
+            "optimizer": optimizer_tensors(self.optimizer),
+            "constants": [self.statistics, *(self.context.rotary or ()), *positions],
+        }
 
     def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
         """Run the program once over this rank's microbatches.
@@ -185,7 +185,8 @@ class Session:
         Raises LossError, before any weight changes, where loss or gradient norm is not finite.
         """
         self._check_batches(batches)
-        tracker = MemoryTracker(self.standing_tensors()) if measure_memory else None
+        standing = self.standing_tensors() if measure_memory else {}
+        tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
         walk = _Walk(batches, tracker, self.backend.mark(), {}, None, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
@@ -209,7 +210,7 @@ class Session:
                 sorted((*key, size) for key, size in self.communicator.payload_bytes.items())
             ),
             entries=tuple(walk.entries),
-            memory=_memory_timeline(self.backend.rank, walk.memory) if tracker else None,
+            memory=_memory_timeline(self.backend.rank, walk.memory, standing) if tracker else None,
         )
         self.num_steps += 1
         return result
@@ -228,20 +229,23 @@ class Session:
         """One row; what it did is recorded."""
         if row.kind is Kind.REDUCE and row.anchor_row >= 0:
             return  # posted inside its anchor
+        self.backend.at(self.num_steps, index, self.row_names[index])
         started = self._now(walk)
         try:
-            self._act(walk, index, row)
+            span = self._act(walk, index, row)
         except ExecutionError as error:
             if error.action is None or error.position is None:
-                raise ExecutionError(
+                raise type(error)(
                     error.message, rank=self.backend.rank, action=str(row), position=f"row {index}"
                 ) from error
             raise
         if row.kind not in SENDS and row.kind not in RECEIVES and row.kind is not Kind.REDUCE:
-            walk.entries.append((self.backend.rank, index, -1, 0, started, self._now(walk)))
+            began, ended = span or (started, self._now(walk))
+            walk.entries.append((self.backend.rank, index, -1, 0, began, ended))
         self._note_memory(walk, index, -1)
 
-    def _act(self, walk: _Walk, index: int, row: Row) -> None:
+    def _act(self, walk: _Walk, index: int, row: Row) -> tuple[float, float] | None:
+        """Do what a row says; returns when that was, where it is a collective and the backend tells."""
         if row.kind is Kind.FORWARD:
             self._forward(walk, index, row)
         elif row.kind is Kind.BACKWARD:
@@ -253,11 +257,12 @@ class Session:
         elif row.kind is Kind.REDUCE:
             self._reduce(walk, index, row)
         elif row.kind is Kind.COUNT:
-            self._count(walk, row)
+            return self._count(walk, row)
         elif row.kind is Kind.NORM:
-            self._norm(row)
+            return self._norm(walk, row)
         else:
             self._update()
+        return None
 
     def _forward(self, walk: _Walk, index: int, row: Row) -> None:
         tokens = DeviceTokens(walk.batches[row.microbatch], self.backend.device)
@@ -266,7 +271,7 @@ class Session:
             x = torch.empty(0, dtype=self.dtype, device=self.backend.device)
         kept: list[Saved] = []
         for number, runner in enumerate(self.runners):
-            self._open_segment(walk, index, self.bodies[row.kind].segments[number])
+            self._open_segment(walk, index, number)
             x, saved = runner.forward(x, tokens)
             kept.append(saved)
             self._close_segment(walk, index, number)
@@ -278,17 +283,23 @@ class Session:
         if gradient is None:
             gradient = torch.empty(0, dtype=self.dtype, device=self.backend.device)
         kept = walk.saved.pop((row.stage, row.microbatch))
-        for order, segment in enumerate(self.bodies[row.kind].segments):
+        for order in range(len(kept)):
             number = len(kept) - 1
-            self._open_segment(walk, index, segment)
+            self._open_segment(walk, index, order)
             gradient = self.runners[number].backward(kept.pop(), gradient)
             self._close_segment(walk, index, order)
             for posted in self.anchored.get((index, number), ()):
+                self.backend.at(self.num_steps, posted, self.row_names[posted])
                 self._reduce(walk, posted, self.rows[posted])
         walk.output = gradient
 
-    def _open_segment(self, walk: _Walk, index: int, segment: SegmentBody) -> None:
-        self.communicator.open(f"{self.row_names[index]} {segment.name}", index, segment.collectives)
+    def _open_segment(self, walk: _Walk, index: int, order: int) -> None:
+        kind = self.rows[index].kind
+        segment = self.bodies[kind].segments[order]
+        cost = (self.costs.forward if kind is Kind.FORWARD else self.costs.backward)[order]
+        action = f"{self.row_names[index]} {segment.name}"
+        self.backend.at(self.num_steps, index, action)
+        self.communicator.open(action, index, segment.collectives, cost.compute)
         if walk.tracker is not None:
             walk.tracker.restart_peak()
 
@@ -329,7 +340,11 @@ class Session:
     def _wait(self, walk: _Walk, row: Row) -> None:
         posted = walk.posted.pop(row.target)
         posted.handle.wait()
-        walk.entries[posted.entry] = (*walk.entries[posted.entry][:5], self._now(walk))
+        entry = walk.entries[posted.entry]
+        walk.entries[posted.entry] = (
+            *entry[:4],
+            *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
+        )
         target = self.rows[row.target]
         if target.kind in RECEIVES:
             phase = Kind.FORWARD if target.kind is Kind.RECV_F else Kind.BACKWARD
@@ -341,14 +356,24 @@ class Session:
         handle = self.communicator.start_all_reduce(flat, group, row.bytes)
         self._note_posted(walk, index, "collective", handle, flat)
 
-    def _count(self, walk: _Walk, row: Row) -> None:
+    def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> tuple[float, float] | None:
+        """Sum ``tensor`` over the row's group; when that was, if the backend tells."""
+        if not row.bytes:
+            return None
+        handle = self.communicator.start_all_reduce(tensor, self.program.groups[row.group], row.bytes)
+        handle.wait()
+        return self._span(walk, handle)
+
+    def _span(self, walk: _Walk, handle: Handle) -> tuple[float, float] | None:
+        span = handle.span
+        return None if span is None else (span[0] - walk.started, span[1] - walk.started)
+
+    def _count(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
         count = self.statistics[2:]
         count.fill_(sum(batch.num_valid for batch in walk.batches))
-        if row.bytes:
-            group = self.program.groups[row.group]
-            self.communicator.start_all_reduce(count, group, row.bytes).wait()
+        return self._meet(walk, row, count)
 
-    def _norm(self, row: Row) -> None:
+    def _norm(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
         """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
         where, last = self.where, self.where.pp == self.plan.topology.pp - 1
         self.statistics[0] = owned_square_norm(self.placements, where, self.gradients)
@@ -356,9 +381,7 @@ class Session:
             self.statistics[1:].zero_()
         elif where.dp or where.cp:
             self.statistics[2:].zero_()
-        if row.bytes:
-            group = self.program.groups[row.group]
-            self.communicator.start_all_reduce(self.statistics, group, row.bytes).wait()
+        span = self._meet(walk, row, self.statistics)
         values = self.statistics.tolist()
         if not values[2]:
             raise ExecutionError(
@@ -373,6 +396,7 @@ class Session:
                 action="NORM",
                 position=f"step {self.num_steps}",
             )
+        return span
 
     def _update(self) -> None:
         work = self.plan.workload
@@ -384,13 +408,26 @@ class Session:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.backend.spend(self.costs.update_seconds)
 
     def _now(self, walk: _Walk) -> float:
         return self.backend.mark() - walk.started
 
 
-def _memory_timeline(rank: int, entries: Iterable[tuple[int, int, int, int]]) -> MemoryTimeline:
+def _memory_timeline(
+    rank: int,
+    entries: Iterable[tuple[int, int, int, int]],
+    standing: Mapping[Category, Iterable[torch.Tensor]],
+) -> MemoryTimeline:
+    """As measured; what does not stand between steps is all of one category, activations."""
     columns: Any = np.array(list(entries), dtype=np.int64).reshape(-1, 4).T
+    sizes = [(name, storage_bytes(tensors)) for name, tensors in standing.items()]
+    other = int(columns[3].max()) - sum(size for _, size in sizes)
     return MemoryTimeline(
-        rank=rank, row=columns[0], operation=columns[1], live_bytes=columns[2], peak_bytes=columns[3]
+        rank=rank,
+        row=columns[0],
+        operation=columns[1],
+        live_bytes=columns[2],
+        peak_bytes=columns[3],
+        peak_by_category=tuple((name, size) for name, size in [*sizes, ("activations", other)] if size),
     )

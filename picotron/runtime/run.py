@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -13,6 +13,7 @@ from attrs import evolve, field, frozen
 from picotron.errors import PlanError
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.prices import plan_price
 from picotron.planner.timeline import Timeline, make_timeline
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset, byte_text, step_batches
@@ -31,10 +32,11 @@ Observer = Callable[[Session, StepResult], None]
 class Measurement:
     """What a run did. Per-step tuples run over its steps; the rest is of its ``measured_step``.
 
-    ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (CPU seconds of each rank as if it had a
-    core of its own, transfers free) or "host". ``payload_bytes_by_rank`` and ``memory`` have the types that
-    the prediction has; ``rows_by_rank`` are the rows each rank executed, in order. The CPU seconds are of a
-    typical step: the median of those that were neither the first nor measured.
+    ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (the plan's own seconds, which must be
+    the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own) or "host".
+    ``payload_bytes_by_rank`` and ``memory`` have the types that the prediction has; ``rows_by_rank`` are the
+    rows each rank executed, in order. The CPU seconds are of a typical step: the median of those that were
+    neither the first nor measured.
     """
 
     plan: TrainingPlan = field(repr=False)
@@ -88,13 +90,16 @@ def run(
     on_step: Observer | None = None,
     measure_step: int = 1,
     seed: int = 0,
+    **world: Any,
 ) -> Measurement:
     """Train ``plan`` for ``steps`` steps on ``data`` (a dataset, or a path to text read as bytes).
 
-    ``backend``: "simulated" runs all ranks in this process (``seed`` draws who goes next), "gloo" and "nccl"
-    this process's rank under torchrun, or a backend that is open already. ``on_step`` is called on every rank
-    after each step. Step ``measure_step`` (or the last, if there are fewer) has its memory measured: from the
-    second step on, optimizer state stands.
+    ``backend``: "simulated" runs all ranks in this process, "gloo" and "nccl" this process's rank under
+    torchrun, or a backend that is open already. Of simulated ranks, ``seed`` draws who goes next, and
+    ``world`` says the rest (faults, semantics, ...) in the words of ``runtime.world.World``; their clock
+    takes the plan's own seconds unless it is told otherwise. ``on_step`` is called on every rank after each
+    step. Step ``measure_step`` (or the last, if there are fewer) has its memory measured: from the second
+    step on, optimizer state stands.
     Raises PlanError for a plan or data that cannot run, ExecutionError when the world departs from the plan.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -104,6 +109,7 @@ def run(
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     check_runnable(plan, backend if isinstance(backend, str) else "simulated")
+    check_simulated(backend, world)
     dataset = byte_text(data, plan.workload.seq_len) if isinstance(data, (str, Path)) else data
     check_data(plan, dataset)
     measured = min(measure_step, steps - 1)
@@ -114,25 +120,35 @@ def run(
         )
 
     if isinstance(backend, str):
-        measurement: Measurement = on_backend(backend, rank_main, plan.topology.world_size, seed=seed)
+        measurement: Measurement = on_backend(backend, rank_main, plan, seed=seed, **world)
         return measurement
     return rank_main(backend)
 
 
-def on_backend(name: str, rank_main: Callable[[Backend], Any], world_size: int, *, seed: int = 0) -> Any:
-    """What ``rank_main`` returns on rank 0 (simulated) or on this process's rank (torchrun)."""
+def check_simulated(backend: object, world: Mapping[str, Any]) -> None:
+    """Raise PlanError where ``world`` asks of real ranks what only simulated ones do."""
+    asked = [name for name, value in world.items() if value]
+    if asked and backend != "simulated":
+        raise PlanError(f"only simulated ranks take {', '.join(asked)}, got backend {backend!r}")
+
+
+def on_backend(name: str, rank_main: Callable[[Backend], Any], plan: TrainingPlan, **world: Any) -> Any:
+    """What ``rank_main`` returns on rank 0 (simulated) or on this process's rank (torchrun).
+
+    ``world``: of simulated ranks, on a clock to which communication takes what the plan says.
+    """
     if name == "simulated":
         from picotron.runtime.simulated import simulate
 
-        return simulate(rank_main, world_size, seed=seed)[0]
+        return simulate(rank_main, plan.topology.world_size, price=plan_price(plan), **world)[0]
     import torch
 
     from picotron.runtime.distributed import DistributedBackend
 
-    with DistributedBackend.open("cuda" if name == "nccl" else "cpu") as world:
+    with DistributedBackend.open("cuda" if name == "nccl" else "cpu") as processes:
         if name == "gloo":
             torch.set_num_threads(1)
-        return rank_main(world)
+        return rank_main(processes)
 
 
 def check_data(plan: TrainingPlan, dataset: Dataset) -> None:
@@ -162,13 +178,15 @@ def run_rank(
     """
     session = session or Session(plan, backend, weights)
     results: list[StepResult] = []
-    repeats = 1 if backend.capabilities.virtual_time else MEMORY_REPEATS
+    repeats = MEMORY_REPEATS if backend.capabilities.clock == "host" else 1
     measured: list[StepResult] = []
     for step in range(steps):
         batches = step_batches(
             plan, dataset, consumed=step * plan.workload.global_batch, dp_index=session.where.dp
         )
         watched = measure_step <= step < measure_step + repeats
+        if watched:
+            backend.barrier()  # as the plan's step, the measured one begins on all ranks at once
         result = session.step(batches, measure_memory=watched)
         measured += [result] if watched else []
         results.append(_light(result))
@@ -194,11 +212,14 @@ def least_memory(timelines: Sequence[MemoryTimeline]) -> MemoryTimeline:
 
     A backend's own threads may let go of a tensor late, which adds to a measurement and never takes away.
     """
-    return evolve(
-        timelines[0],
-        live_bytes=np.min([timeline.live_bytes for timeline in timelines], axis=0),
-        peak_bytes=np.min([timeline.peak_bytes for timeline in timelines], axis=0),
+    first = timelines[0]
+    live_bytes = np.min([timeline.live_bytes for timeline in timelines], axis=0)
+    peak_bytes = np.min([timeline.peak_bytes for timeline in timelines], axis=0)
+    late = first.max_bytes - int(peak_bytes.max())
+    by_category = tuple(
+        (name, size - late if name == "activations" else size) for name, size in first.peak_by_category
     )
+    return evolve(first, live_bytes=live_bytes, peak_bytes=peak_bytes, peak_by_category=by_category)
 
 
 def _measurement(
@@ -208,7 +229,7 @@ def _measurement(
     own = evolve(measured[0], memory=memory)
     gathered = backend.gather_objects((own, _typical_cpu_seconds(results, measured)))
     reports: list[tuple[StepResult, float]] = cast(Any, gathered)
-    clock = "virtual" if backend.capabilities.virtual_time else "host"
+    clock = backend.capabilities.clock
     return Measurement(
         plan=plan,
         backend=backend.capabilities.name,

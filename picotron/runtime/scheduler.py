@@ -1,4 +1,9 @@
-"""Who of the simulated ranks runs next, what the others wait for, and what is told when nobody can run."""
+"""Who of the simulated ranks runs next, and what is told when nobody can.
+
+Ranks are threads of which exactly one runs: it holds the baton, and hands it over where it waits for what is
+not complete, where it ends and, with chance ``preempt``, where it posts an operation. Who goes next is drawn
+from ``random.Random(seed)``.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,29 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 
 from picotron.errors import ExecutionError
-
-_SHOWN = 3  # absent ranks that a deadlock report describes per waiting rank
+from picotron.planner.clock import Operation as Timed
+from picotron.planner.clock import advance
+from picotron.planner.waits import Wait, WaitGraph
 
 
 class Aborted(BaseException):
     """Ends a rank because another one failed; never leaves ``simulate``."""
+
+
+@frozen
+class Event:
+    """What happened: ``rank`` did ``what`` ("post", "wait", "end", "fail") at virtual ``seconds``."""
+
+    rank: int
+    what: str
+    operation: str
+    seconds: float
 
 
 @define(eq=False)
@@ -27,35 +43,51 @@ class Task:
     rank: int
     turn: threading.Lock = field(factory=threading.Lock)
     waiting_for: Operation | None = None
+    waiting_at: str = ""
     error: ExecutionError | None = None  # raised where it waits
-    finished: bool = False
-    clock_seconds: float = 0.0
+    gone: str = ""  # why it does not come any more: it has returned, failed or was killed
     started_cpu_seconds: float = 0.0
     seen_cpu_seconds: float = 0.0  # thread CPU time up to which the clock has counted
     random_state: torch.Tensor = field(factory=torch.get_rng_state)
 
-    def tick(self) -> None:
-        """Advance the clock by the CPU time spent since it was last looked at."""
-        now = time.thread_time()
-        self.clock_seconds += now - self.seen_cpu_seconds
-        self.seen_cpu_seconds = now
 
-    def skip(self) -> None:
-        """Leave the CPU time spent since the clock was last looked at off it."""
-        self.seen_cpu_seconds = time.thread_time()
+@define(eq=False, kw_only=True)
+class Operation(ABC):
+    """Something a rank can wait for: complete once ``end_seconds`` is set, failed once ``problem`` is."""
+
+    number: int  # in its group, or on its channel
+    start_seconds: float = 0.0
+    end_seconds: float | None = None
+    problem: str | None = None
+    waiting: list[Task] = field(factory=list)
+
+    @abstractmethod
+    def describe(self) -> str:
+        """As reports name it."""
+
+    @abstractmethod
+    def absent(self) -> tuple[int, ...]:
+        """The ranks whose part is missing."""
 
 
 class Scheduler:
-    """Owner of the baton: who runs, who could, and what the others wait for.
+    """Owner of the baton and of the clocks: who runs, who could, and what the others wait for.
 
+    ``streams`` says when each stream is free, in virtual seconds; a rank's own is under its number. With
+    ``cpu_clock`` a rank's own advances by its thread's CPU time, else only by what it is told to spend.
     Every method but ``stop`` is called by the rank that holds the baton.
     """
 
-    def __init__(self, world_size: int, seed: int) -> None:
+    def __init__(self, world_size: int, seed: int, *, cpu_clock: bool = False, preempt: float = 0.0) -> None:
         if world_size < 1:
             raise ExecutionError(f"world_size must be at least 1, got {world_size}")
         self.tasks = tuple(Task(rank) for rank in range(world_size))
+        self.streams: dict[Hashable, float] = dict.fromkeys(range(world_size), 0.0)
         self.failure: BaseException | None = None
+        self.unmatched: Callable[[], list[str]] = list  # what a report of a deadlock adds
+        self.events: list[Event] | None = None
+        self.num_hand_overs = 0
+        self._cpu_clock, self._preempt = cpu_clock, preempt
         self._random = random.Random(seed)
         self._runnable: list[Task] = []
         for task in self.tasks:
@@ -63,7 +95,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Give the baton to the first rank."""
-        self._runnable = [task for task in self.tasks if not task.finished]
+        self._runnable = [task for task in self.tasks if not task.gone]
         if (first := self._next()) is not None:
             first.turn.release()
 
@@ -71,33 +103,67 @@ class Scheduler:
         """Wait, on the rank's own new thread, for its first turn."""
         task.turn.acquire()
         torch.set_num_threads(1)
+        torch.autograd.set_multithreading_enabled(False)  # on CUDA a shared thread would wait for the baton
         torch.set_rng_state(task.random_state)
         task.started_cpu_seconds = task.seen_cpu_seconds = time.thread_time()
 
-    def leave(self, task: Task) -> None:
+    def leave(self, task: Task, why: str) -> None:
         """Hand the baton over for good."""
-        task.finished = True
+        task.gone = why
         if (following := self._next()) is not None:
             following.turn.release()
 
-    def wait(self, task: Task, operation: Operation) -> None:
+    def tick(self, task: Task) -> float:
+        """The rank's clock, with the CPU time counted that it has spent since it was last looked at."""
+        if self._cpu_clock:
+            now = time.thread_time()
+            self.spend(task, now - task.seen_cpu_seconds)
+            task.seen_cpu_seconds = now
+        return self.streams[task.rank]
+
+    def skip(self, task: Task) -> None:
+        """Leave the CPU time spent since the clock was last looked at off it."""
+        if self._cpu_clock:
+            task.seen_cpu_seconds = time.thread_time()
+
+    def spend(self, task: Task, seconds: float) -> None:
+        """Compute for so long."""
+        self.streams[task.rank] = advance(self.streams, Timed((task.rank,), 0.0, seconds)).end
+
+    def note(self, task: Task, what: str, operation: str) -> None:
+        """Write an event down, if events are kept."""
+        if self.events is not None:
+            self.events.append(Event(task.rank, what, operation, self.streams[task.rank]))
+
+    def posted(self, task: Task) -> None:
+        """Let another rank run first, with chance ``preempt``."""
+        if self._preempt and self._runnable and self._random.random() < self._preempt:
+            self._runnable.append(task)
+            self._hand_over(task)
+
+    def wait(self, task: Task, operation: Operation, place: str = "") -> None:
         """Return once ``operation`` is complete, having let others run if it was not."""
-        task.tick()
+        self.tick(task)
         self.check_alive()
         if operation.end_seconds is None and operation.problem is None:
-            task.waiting_for = operation
+            task.waiting_for, task.waiting_at = operation, place
             operation.waiting.append(task)
             self._hand_over(task)
             task.waiting_for = None
-            task.skip()
-        self._raise_errors(task, operation)
+            self.skip(task)
+        self._raise_errors(task, operation, place)
         assert operation.end_seconds is not None
-        task.clock_seconds = max(task.clock_seconds, operation.end_seconds)
+        self.streams[task.rank] = advance(self.streams, Timed((task.rank,), operation.end_seconds, 0.0)).end
 
     def wake(self, operation: Operation) -> None:
         """Make those runnable who wait for ``operation``."""
         self._runnable.extend(operation.waiting)
         operation.waiting.clear()
+
+    def fail(self, operation: Operation, problem: str) -> None:
+        """Have everyone who waits, or will wait, for ``operation`` raise ``problem``."""
+        operation.problem = problem
+        self.wake(operation)
 
     def stop(self, error: BaseException) -> None:
         """End every rank at its next communication; the first ``error`` is kept. Callable from any thread."""
@@ -109,34 +175,39 @@ class Scheduler:
         if self.failure is not None:
             raise Aborted
 
-    def _raise_errors(self, task: Task, operation: Operation) -> None:
+    def _raise_errors(self, task: Task, operation: Operation, place: str) -> None:
         if task.error is not None:
             error, task.error = task.error, None
             raise error
         if operation.problem is not None:
-            raise ExecutionError(operation.problem, rank=task.rank, action=operation.describe())
+            raise ExecutionError(
+                operation.problem, rank=task.rank, action=operation.describe(), position=place or None
+            )
         self.check_alive()
 
     def _hand_over(self, task: Task) -> None:
         """Let another rank run; return when it is this one's turn again."""
         following = self._next()
-        if following is task:  # it was woken by the report of a deadlock
+        if following is task:
             return
         assert following is not None, "a waiting rank is always woken"
+        self.num_hand_overs += 1
         task.random_state = torch.get_rng_state()
         following.turn.release()
         task.turn.acquire()
         torch.set_rng_state(task.random_state)
 
     def _next(self) -> Task | None:
-        """Who runs next; None if every rank has finished."""
+        """Who runs next; None if every rank has ended."""
         if self.failure is not None:
             self._wake_all()
-        if not self._runnable and any(not task.finished for task in self.tasks):
+        if not self._runnable and any(not task.gone for task in self.tasks):
             self._report_deadlock()
         if not self._runnable:
             return None
-        return self._runnable.pop(self._random.randrange(len(self._runnable)))
+        if self._runnable[0].error is not None:
+            return self._runnable.pop(0)  # a deadlock is told in the order of ranks, whatever the seed
+        return self._runnable.pop(int(self._random.random() * len(self._runnable)))
 
     def _wake_all(self) -> list[Task]:
         """Make every waiting rank runnable; returns those that were not yet."""
@@ -150,69 +221,26 @@ class Scheduler:
         return woken
 
     def _report_deadlock(self) -> None:
-        report = deadlock_report(self.tasks)
+        report = "\n".join(["deadlock: no rank can go on", str(self.wait_graph()), *self.unmatched()])
         for task in self._wake_all():
             assert task.waiting_for is not None
-            task.error = ExecutionError(report, rank=task.rank, action=task.waiting_for.describe())
+            task.error = ExecutionError(
+                report,
+                rank=task.rank,
+                action=task.waiting_for.describe(),
+                position=task.waiting_at or None,
+            )
 
-
-def deadlock_report(tasks: Sequence[Task]) -> str:
-    """Who waits for whom, when nobody can run: one line a waiting rank, then the cycle or who is gone."""
-    waits = {task.rank: task.waiting_for for task in tasks if task.waiting_for is not None}
-    absent = {rank: operation.absent() for rank, operation in waits.items()}
-    lines = ["deadlock: no rank can go on"]
-    for rank, operation in waits.items():
-        whom = [f"absent rank {r}, which {_doing(waits.get(r))}" for r in absent[rank][:_SHOWN]]
-        if len(absent[rank]) > _SHOWN:
-            whom.append(f"and {len(absent[rank]) - _SHOWN} more absent")
-        lines.append(f"rank {rank} waits for {operation.describe()}: {'; '.join(whom)}")
-    if cycle := wait_cycle(absent):
-        lines.append("wait-for cycle: " + " -> ".join(map(str, cycle)))
-    else:
-        gone = sorted({r for ranks in absent.values() for r in ranks if r not in waits})
-        lines.append(f"waited for, but finished: rank {', '.join(map(str, gone))}")
-    return "\n".join(lines)
-
-
-def _doing(operation: Operation | None) -> str:
-    return "has finished" if operation is None else f"waits for {operation.describe()}"
-
-
-def wait_cycle(absent: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
-    """A cycle, first rank repeated at its end, in the graph from rank to the ranks it waits for; or ().
-
-    >>> wait_cycle({0: (1,), 1: (2,), 2: (1,)})
-    (1, 2, 1)
-    >>> wait_cycle({0: (1,), 1: (2,)})
-    ()
-    """
-    edges = {rank: [r for r in ranks if r in absent] for rank, ranks in absent.items()}
-    while ends := {rank for rank, ranks in edges.items() if not ranks}:
-        edges = {
-            rank: [r for r in ranks if r not in ends] for rank, ranks in edges.items() if rank not in ends
-        }
-    if not edges:
-        return ()
-    path = [min(edges)]
-    while edges[path[-1]][0] not in path:
-        path.append(edges[path[-1]][0])
-    first = edges[path[-1]][0]
-    return (*path[path.index(first) :], first)
-
-
-@define(eq=False, kw_only=True)
-class Operation(ABC):
-    """Something a rank can wait for: complete once ``end_seconds`` is set, failed once ``problem`` is."""
-
-    number: int  # in its group, or on its channel
-    end_seconds: float | None = None
-    problem: str | None = None
-    waiting: list[Task] = field(factory=list)
-
-    @abstractmethod
-    def describe(self) -> str:
-        """As reports name it."""
-
-    @abstractmethod
-    def absent(self) -> tuple[int, ...]:
-        """The ranks whose part is missing."""
+    def wait_graph(self) -> WaitGraph:
+        """Who waits for whom now."""
+        waits = tuple(
+            Wait(
+                rank=task.rank,
+                operation=task.waiting_for.describe(),
+                place=task.waiting_at,
+                absent=task.waiting_for.absent(),
+            )
+            for task in self.tasks
+            if task.waiting_for is not None
+        )
+        return WaitGraph(waits=waits, others={task.rank: task.gone for task in self.tasks if task.gone})

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from attrs import define, field
 
@@ -28,7 +28,14 @@ from picotron.runtime.data import Dataset
 from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import LossError, Session, StepResult, check_world
 from picotron.runtime.record import measurement_data
-from picotron.runtime.run import Measurement, check_data, check_runnable, on_backend, run_rank
+from picotron.runtime.run import (
+    Measurement,
+    check_data,
+    check_runnable,
+    check_simulated,
+    on_backend,
+    run_rank,
+)
 from picotron.runtime.weights import save_weights
 
 KEPT_WEIGHTS = 2  # folders of weights kept; the newest is complete before an older one goes
@@ -90,19 +97,21 @@ def train(
     weights: WeightSource | None = None,
     report: Report | None = None,
     seed: int = 0,
+    **world: Any,
 ) -> Measurement | None:
     """Train ``plan`` for ``steps`` steps into ``folder``; the measurement (None on ranks other than 0).
 
     Weights are saved every ``save_every`` steps (0: only at the end). A loss that is not finite raises
     LossError after the last good weights have been saved. Raises PlanError before anything runs for a plan,
-    data or folder that will not do.
+    data or folder that will not do. ``seed`` and ``world`` are of simulated ranks, as in ``run``.
     """
     check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
+    check_simulated(backend, world)
 
     def rank_main(world: Backend) -> Measurement | None:
         return _train_rank(plan, world, dataset, Path(folder), steps, save_every, weights, report)
 
-    measurement: Measurement | None = on_backend(backend, rank_main, plan.topology.world_size, seed=seed)
+    measurement: Measurement | None = on_backend(backend, rank_main, plan, seed=seed, **world)
     return measurement
 
 
@@ -219,7 +228,6 @@ class _Keeper:
 
 def _metrics(session: Session, result: StepResult, seconds: float) -> dict[str, float | int | str]:
     """One line of metrics.jsonl: ``seconds`` are the host's, ``rank_seconds`` of rank 0's own clock."""
-    virtual = session.backend.capabilities.virtual_time
     return {
         "step": result.step,
         "loss": result.loss,
@@ -228,7 +236,7 @@ def _metrics(session: Session, result: StepResult, seconds: float) -> dict[str, 
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "rank_seconds": result.seconds,
-        "rank_clock": "virtual" if virtual else "host",
+        "rank_clock": session.backend.capabilities.clock,
     }
 
 

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from picotron.planner.body import Operation
+from picotron.errors import PlanError
+from picotron.planner.body import COLLECTIVES, Operation
 from picotron.planner.cluster import ClusterSpec, DeviceSpec, Efficiency, LinkSpec, Peaks
 from picotron.planner.cost import (
+    CollectiveCost,
     SegmentCost,
     StageCost,
     compute_seconds,
     group_seconds,
     send_seconds,
     stage_cost,
+    stage_costs,
     update_seconds,
 )
 from picotron.planner.model import ModelSpec
@@ -162,14 +165,69 @@ def test_a_stage_sums_its_segments() -> None:
     assert cost.update_seconds == update_seconds(made, 0)
 
 
+def test_a_segment_keeps_its_order() -> None:
+    """Stretches of computing between collectives, each the sum of its operations, one after the other."""
+    made = _plan(_cluster(per_node=2), tp=2)
+    for costs, body in zip(
+        (stage_cost(made, 0).forward, stage_cost(made, 0).backward), made.bodies(0), strict=True
+    ):
+        for cost, segment in zip(costs, body.segments, strict=True):
+            stretches = [0.0]
+            for operation in segment.operations:
+                if operation.kind in COLLECTIVES:
+                    stretches.append(0.0)
+                else:
+                    stretches[-1] += compute_seconds(made, operation)
+            assert cost.compute == tuple(stretches)
+            assert [(c.kind, c.group, c.payload_bytes) for c in cost.collectives] == [
+                (op.kind, op.group, op.payload_bytes) for op in segment.collectives
+            ]
+            assert all(
+                c.seconds == group_seconds(made, c.kind, c.group, c.payload_bytes) for c in cost.collectives
+            )
+    assert any(cost.collectives for cost in stage_cost(made, 0).forward)
+
+
+def test_every_stage_is_priced_as_by_itself() -> None:
+    """Together they only share the price list."""
+    made = _plan(_cluster(per_node=4), TINY | {"vocab_size": 9}, pp=2, tp=2)
+    for index in range(2):
+        assert stage_costs(made, index) == tuple(stage_cost(made, stage, index) for stage in range(2))
+
+
+def test_a_larger_slice_of_the_vocabulary_costs_more() -> None:
+    """Nine words on two ranks: 5 and 4 rows of the head and of both tables' update."""
+    made = _plan(_cluster(per_node=2), TINY | {"vocab_size": 9}, tp=2)
+    more, less = stage_cost(made, 0, 0), stage_cost(made, 0, 1)
+    assert more.forward[-1].compute_seconds > less.forward[-1].compute_seconds
+    assert more.forward[1] == less.forward[1]
+    rows = 2 * 4  # a row of four elements in both tables
+    assert more.update_seconds - less.update_seconds == pytest.approx(rows * (20 + 24) / 5)
+
+
+def test_a_segment_needs_a_stretch_more_than_collectives() -> None:
+    """Else nothing says where its computing lies."""
+    one = CollectiveCost(kind="all_reduce", group="tp", payload_bytes=4, seconds=1.0)
+    with pytest.raises(PlanError, match="1 of them need 2 stretches, got 1"):
+        SegmentCost(compute=(1.0,), collectives=(one,))
+    with pytest.raises(PlanError, match="0 of them need 1 stretches, got 2"):
+        SegmentCost(compute=(1.0, 2.0))
+
+
 def test_totals_of_a_stage() -> None:
     """F, B and what both compute."""
+
+    def costs(compute: list[float], *seconds: float) -> SegmentCost:
+        return SegmentCost(
+            compute=compute,
+            collectives=[
+                CollectiveCost(kind="all_reduce", group="tp", payload_bytes=4, seconds=each)
+                for each in seconds
+            ],
+        )
+
     stage = StageCost(
-        forward=(SegmentCost(compute_seconds=1, communication_seconds=2),),
-        backward=(
-            SegmentCost(compute_seconds=3, communication_seconds=4),
-            SegmentCost(compute_seconds=5, communication_seconds=0),
-        ),
-        update_seconds=9,
+        forward=(costs([0.25, 0.75], 2),), backward=(costs([1, 1, 1], 3, 1), costs([5])), update_seconds=9
     )
     assert (stage.forward_seconds, stage.backward_seconds, stage.compute_seconds) == (3, 12, 9)
+    assert [segment.communication_seconds for segment in stage.backward] == [4, 0]

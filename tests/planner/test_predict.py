@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -193,6 +194,41 @@ def test_communication_is_exposed_where_nothing_hides_it() -> None:
     exposed = predict(made).exposed_communication_seconds
     assert exposed == pytest.approx(4 * blocking, rel=0.05)
     assert exposed > 4 * blocking  # and the norm
+
+
+def test_what_each_rank_computes_follows_its_slice() -> None:
+    """Eleven words on two ranks: the first has one more row of the head, and works longer."""
+    made = _plan(devices=4, dp=2, tp=2, config=LLAMA | {"vocab_size": 11})
+    predicted = predict(made)
+    costs = [stage_cost(made, 0, index) for index in range(2)]
+    own = [2 * cost.compute_seconds + cost.update_seconds for cost in costs]
+    assert own[0] > own[1]
+    assert predicted.compute_seconds_by_rank == pytest.approx((own[0], own[1], own[0], own[1]))
+
+
+def test_what_is_executed_counts_every_slice_once() -> None:
+    """The whole vocabulary's FLOPs, however it is cut."""
+    config = LLAMA | {"vocab_size": 11}
+    whole, cut = _plan(config=config), _plan(devices=2, tp=2, config=config)
+    executed = [p.hfu * p.step_seconds * p.plan.topology.world_size for p in (predict(whole), predict(cut))]
+    assert executed[0] == pytest.approx(executed[1])
+
+
+def test_large_worlds_are_predicted_at_once() -> None:
+    """A step of 8,192 ranks; a second is what a person waits for gladly, ten are refused here."""
+    made = plan(
+        ModelSpec.from_hf("llama-3.1-405b"),
+        ClusterSpec.preset("h100", nodes=1024),
+        Workload(global_batch=64 * 128, seq_len=8192),
+        tp=8,
+        pp=16,
+        dp=64,
+    )
+    started = time.process_time()
+    predicted = predict(made)
+    assert time.process_time() - started < 10
+    assert len(predicted.compute_seconds_by_rank) == 8192
+    assert sorted(set(predicted.timeline.rank.tolist())) == list(range(16))
 
 
 def test_predictions_are_equal_for_equal_plans() -> None:

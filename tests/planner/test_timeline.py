@@ -8,26 +8,19 @@ import numpy as np
 import pytest
 
 from picotron.errors import PlanError
-from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.data import Bucket
 from picotron.planner.pipeline import Schedule, afab, make_schedule, one_f_one_b
 from picotron.planner.program import Kind, Program, Row, lower, rows
-from picotron.planner.timeline import (
-    STREAMS,
-    Durations,
-    Timeline,
-    advance,
-    bubble_seconds,
-    chrome_trace,
-    simulate_program,
-)
+from picotron.planner.simulate import Durations, simulate_program
+from picotron.planner.timeline import STREAMS, Timeline, bubble_seconds, chrome_trace, make_timeline
 
 FREE = {("dp_cp", 0): 0.0, ("world", 0): 0.0, ("world", 24): 0.0}
 
 
 def _stage(forward: list[float], backward: list[float], update: float = 0.0) -> StageCost:
     def costs(seconds: list[float]) -> tuple[SegmentCost, ...]:
-        return tuple(SegmentCost(compute_seconds=s, communication_seconds=0.0) for s in seconds)
+        return tuple(SegmentCost(compute=(s,)) for s in seconds)
 
     return StageCost(forward=costs(forward), backward=costs(backward), update_seconds=update)
 
@@ -119,8 +112,8 @@ def test_a_reduction_overlaps_the_rest_of_backward() -> None:
         assert timeline.makespan_seconds == end
 
 
-def test_reductions_run_one_after_another() -> None:
-    """Two buckets ready at 1 s and 2 s, of 5 s each, share the collective stream: 1 to 6 and 6 to 11."""
+def test_sums_of_a_group_run_one_after_another() -> None:
+    """Two buckets ready at 1 s and 2 s, of 5 s each, share the communicator: 1 to 6 and 6 to 11."""
     buckets = tuple(
         Bucket(stage=0, index=i, names=("w",), partial=("dp_cp",), ready_segment=1 - i) for i in range(2)
     )
@@ -133,6 +126,57 @@ def test_reductions_run_one_after_another() -> None:
     times = _times(simulate_program(program, costs), program)
     assert (times["0REDUCE0"], times["0REDUCE1"]) == ((1, 6), (6, 11))
     assert (times["NORM"], times["UPDATE"]) == ((11, 11.25), (11.25, 13.25))
+
+
+def test_sums_of_two_groups_run_side_by_side() -> None:
+    """Ready at 1 s and 2 s, of 5 s each, on communicators of their own: 1 to 6 and 2 to 7."""
+    buckets = tuple(
+        Bucket(stage=0, index=i, names=("w",), partial=(group,), ready_segment=1 - i)
+        for i, group in enumerate(("dp_cp", "edp"))
+    )
+    program = _lower(one_f_one_b(1, 1), buckets, data_parallel=True)
+    costs = Durations(
+        stages=(_stage([0.0, 0.0], [1.0, 1.0]),),
+        send_seconds=0.0,
+        reduce_seconds={("dp_cp", 8): 0.0, ("dp_cp", 16): 5.0, ("edp", 16): 5.0, ("world", 0): 0.0},
+    )
+    times = _times(simulate_program(program, costs), program)
+    assert (times["0REDUCE0"], times["0REDUCE1"]) == ((1, 6), (2, 7))
+    assert times["NORM"] == (7, 7)
+
+
+def _with_collectives(compute: list[float], seconds: float) -> SegmentCost:
+    """A segment with a collective over tp of so many seconds between each two stretches."""
+    collective = CollectiveCost(kind="all_reduce", group="tp", payload_bytes=4, seconds=seconds)
+    return SegmentCost(compute=compute, collectives=[collective] * (len(compute) - 1))
+
+
+def test_a_body_waits_for_its_collectives() -> None:
+    """1 s, a collective of 0.5 s, 2 s; then 4 s: F ends at 7.5 s, B with none of it after 3 s more."""
+    stage = StageCost(
+        forward=(_with_collectives([1, 2], 0.5), SegmentCost(compute=(4.0,))),
+        backward=(SegmentCost(compute=(1.0,)), SegmentCost(compute=(2.0,))),
+        update_seconds=0.0,
+    )
+    program = _lower(one_f_one_b(1, 1))
+    seconds = Durations(stages=(stage,), send_seconds=0.0, reduce_seconds=FREE)
+    times = _times(simulate_program(program, seconds), program)
+    assert (times["0F0"], times["0B0"]) == ((0, 7.5), (7.5, 10.5))
+
+
+def test_a_collective_of_a_body_runs_behind_a_sum_of_its_group() -> None:
+    """A tp sum of 5 s posted at 1 s holds the collective that the next segment comes to at 2 s until 6 s."""
+    bucket = Bucket(stage=0, index=0, names=("w",), partial=("tp",), ready_segment=1)
+    stage = StageCost(
+        forward=(SegmentCost(compute=(0.0,)),) * 2,
+        backward=(SegmentCost(compute=(1.0,)), _with_collectives([1, 2], 0.5)),
+        update_seconds=0.0,
+    )
+    program = _lower(one_f_one_b(1, 1), (bucket,))
+    seconds = Durations(stages=(stage,), send_seconds=0.0, reduce_seconds=FREE | {("tp", 16): 5.0})
+    times = _times(simulate_program(program, seconds), program)
+    assert times["0REDUCE0"] == (1, 6)
+    assert times["0B0"] == (0, 6.5 + 2)
 
 
 def test_tied_ends_sum_their_embeddings_together() -> None:
@@ -157,8 +201,8 @@ def test_tied_ends_sum_their_embeddings_together() -> None:
     assert times["NORM"] == (9, 9)
 
 
-def test_a_collective_stream_keeps_its_order() -> None:
-    """The last rank posts the tied sum first, at 3 s; its second bucket's waits behind it until 9 s."""
+def test_a_sum_of_another_group_overtakes() -> None:
+    """The last rank posts the tied sum at 3 s; its second bucket, over dp_cp, does not wait for it."""
     first = (Bucket(stage=0, index=0, names=("w",), partial=("embedding",), ready_segment=0),)
     last = (
         Bucket(stage=1, index=0, names=("w",), partial=("embedding",), ready_segment=1),
@@ -179,8 +223,8 @@ def test_a_collective_stream_keeps_its_order() -> None:
     )
     assert (times["1B0"], times["0B0"]) == ((2, 4), (4, 6))
     assert times["0REDUCE0"] == times["1REDUCE0"] == (6, 9)
-    assert times["1REDUCE1"] == (9, 10)
-    assert times["NORM"] == (10, 10)
+    assert times["1REDUCE1"] == (4, 5)
+    assert times["NORM"] == (9, 9)
 
 
 def test_bubbles_of_unequal_stages() -> None:
@@ -199,13 +243,7 @@ def test_a_program_that_waits_in_a_circle_is_refused() -> None:
         target=[0],
     )
     with pytest.raises(PlanError, match="wait for each other at WAIT"):
-        simulate_program(program, Durations(stages=(), send_seconds=0.0, reduce_seconds={}))
-
-
-def test_advance() -> None:
-    """An operation starts when both its stream and its inputs are there."""
-    assert advance(2.0, 3.0, 0.5) == (3.0, 3.5)
-    assert advance(4.0, 3.0, 0.5) == (4.0, 4.5)
+        simulate_program(program, Durations(stages=(_stage([1], [1]),), send_seconds=0.0, reduce_seconds={}))
 
 
 def test_chrome_trace() -> None:
@@ -241,3 +279,11 @@ def test_timelines_are_ordered_by_rank_and_row() -> None:
     places = list(zip(timeline.rank.tolist(), timeline.row.tolist(), strict=True))
     assert places == [(rank, row) for rank in range(2) for row in range(len(rows(program, rank)))]
     assert np.all(timeline.end >= timeline.start)
+
+
+def test_a_timeline_of_entries_is_sorted() -> None:
+    """By rank and row, whoever measured first."""
+    entries = [(1, 0, -1, 0, 0.0, 1.0), (0, 1, -1, 0, 2.0, 3.0), (0, 0, -1, 3, 0.5, 2.0)]
+    timeline = make_timeline("virtual", entries)
+    assert timeline.rank.tolist() == [0, 0, 1] and timeline.row.tolist() == [0, 1, 0]
+    assert timeline.stream.tolist() == [3, 0, 0] and timeline.makespan_seconds == 3.0

@@ -1,0 +1,54 @@
+"""Tensors that an operation owns, watched: changed by anyone else before ``wait``, the run is refused.
+
+Torch counts every write to a tensor's memory through torch (its version); views of one tensor share the
+count. So a tensor that is the whole of its memory is watched by its version alone. Of a part of a larger one,
+other parts may be written meanwhile: there a checksum looks into an unlike version. Writes that torch does
+not count (through numpy, or ``.data``) are not seen.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from attrs import define
+
+from picotron.runtime.backend import unseen
+
+
+@define
+class Guard:
+    """A tensor as it was when last looked at."""
+
+    tensor: torch.Tensor
+    version: int
+    checksum: int | None
+
+    def changed(self) -> bool:
+        """Whether someone else has written to the tensor since."""
+        return _version(self.tensor) != self.version and (
+            self.checksum is None or _checksum(self.tensor) != self.checksum
+        )
+
+    def refresh(self) -> None:
+        """Take what is there now, which the operation itself has written, for right."""
+        self.version = _version(self.tensor)
+        if self.checksum is not None:
+            self.checksum = _checksum(self.tensor)
+
+
+def guard(tensor: torch.Tensor) -> Guard:
+    """Begin to watch ``tensor``."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return Guard(tensor, _version(tensor), None if whole else _checksum(tensor))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return 0
+    with unseen():
+        return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,81 @@
+"""Anyone's function on simulated ranks, written for Picotron's ``Backend`` or for plain torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, get_args
+
+from picotron.errors import PlanError
+from picotron.planner.cluster import ClusterSpec
+from picotron.planner.faults import Fault
+from picotron.planner.prices import cluster_price
+from picotron.planner.validators import is_size, shown
+from picotron.runtime.backend import Backend
+from picotron.runtime.messages import Semantics
+from picotron.runtime.simulated import simulate
+from picotron.runtime.world import Clock
+
+T = TypeVar("T")
+
+Api = Literal["picotron", "torch.distributed"]
+
+
+def simulate_ranks(
+    function: Callable[..., T],
+    world_size: int,
+    *,
+    api: Api = "picotron",
+    seed: int = 0,
+    semantics: Semantics = "rendezvous",
+    faults: Iterable[Fault] = (),
+    cluster: ClusterSpec | None = None,
+    clock: Clock = "planned",
+    memory_bytes: int | None = None,
+    patience_seconds: float | None = None,
+    preempt: float = 0.0,
+    device: str = "cpu",
+    timeout_seconds: float | None = None,
+) -> list[T]:
+    """What ``function`` returned on every rank of a simulated world, in rank order.
+
+    ``api``: "picotron" calls ``function(backend)``; "torch.distributed" calls ``function()``, in which
+    torch.distributed is initialised for that rank and does what it does on processes. With a ``cluster``,
+    communication takes the time of its links on the virtual clock; without, none. The rest is as in
+    ``picotron.runtime.world.World``. Raises PlanError for a request that makes no world, else the first
+    exception of any rank, with the seed that repeats it in a note.
+    """
+    if not callable(function):
+        raise PlanError(f"function must be callable, got {shown(function)}")
+    if not is_size(world_size):
+        raise PlanError(f"world_size must be a whole number of at least 1, got {shown(world_size)}")
+    if api not in get_args(Api):
+        raise PlanError(f"api must be one of {', '.join(get_args(Api))}, got {shown(api)}")
+    if cluster is not None and world_size > cluster.num_devices:
+        raise PlanError(
+            f"world_size must be at most the cluster's {cluster.num_devices} devices, got {world_size}"
+        )
+    return simulate(
+        on_torch(function) if api == "torch.distributed" else function,
+        world_size,
+        seed=seed,
+        semantics=semantics,
+        faults=faults,
+        price=None if cluster is None else cluster_price(cluster),
+        clock=clock,
+        memory_bytes=memory_bytes,
+        patience_seconds=patience_seconds,
+        preempt=preempt,
+        device=device,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def on_torch(function: Callable[[], T]) -> Callable[[Backend], T]:
+    """``function``, written against plain torch.distributed, as one of a simulated rank's backend."""
+    from picotron.runtime.torch_api import torch_world
+
+    def on_rank(backend: Any) -> T:
+        with torch_world(backend):
+            return function()
+
+    return on_rank

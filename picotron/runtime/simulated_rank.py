@@ -1,0 +1,383 @@
+"""One rank of a simulated world: the ``Backend`` that its function is given."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from attrs import evolve
+
+from picotron.errors import ExecutionError
+from picotron.planner.faults import Fault, link_factor
+from picotron.runtime.backend import (
+    Capabilities,
+    Group,
+    Handle,
+    Transfer,
+    check_all_gather,
+    check_all_reduce,
+    check_all_to_all,
+    check_broadcast,
+    check_message,
+    check_ranks,
+    check_reduce_scatter,
+    unseen,
+)
+from picotron.runtime.collectives import Collectives
+from picotron.runtime.guards import Guard, guard
+from picotron.runtime.injection import Injection
+from picotron.runtime.ledger import Collective, Ledger, Part, Post
+from picotron.runtime.messages import Messages
+from picotron.runtime.scheduler import Operation, Scheduler, Task
+from picotron.runtime.world import World
+
+CAPABILITIES = Capabilities(name="simulated", clock="virtual", fused_reduce_scatter=True)
+
+CPU_CLOCKED = evolve(CAPABILITIES, clock="virtual cpu")
+
+_CONTROL = -1  # the world's own communicator: barrier, gather_objects, new_group
+_FOLDERS = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))  # whose frames no user wrote
+
+
+class SimulatedHandle:
+    """An operation of the simulator, as one rank waits for it."""
+
+    __slots__ = ("_backend", "_guards", "_operations", "_place")
+
+    def __init__(
+        self,
+        backend: SimulatedBackend,
+        operations: tuple[Operation, ...],
+        place: str,
+        guards: tuple[Guard, ...],
+    ) -> None:
+        self._backend, self._operations, self._place, self._guards = backend, operations, place, guards
+
+    @property
+    def operation(self) -> Operation:
+        """The first of its operations."""
+        return self._operations[0]
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When it ran, in virtual seconds; None before it is complete."""
+        ends = [operation.end_seconds for operation in self._operations]
+        if None in ends:
+            return None
+        return min(operation.start_seconds for operation in self._operations), max(cast("list[float]", ends))
+
+    def wait(self) -> None:
+        """Return once the operation is complete."""
+        self._backend.waited(self)
+        for operation in self._operations:
+            self._backend.wait(operation, self._place)
+        for watched in self._guards:
+            if watched.changed():
+                raise ExecutionError(
+                    "a tensor belongs to its operation until wait has returned: it was changed before; "
+                    "wait first, or work on a clone",
+                    rank=self._backend.rank,
+                    action=self.operation.describe(),
+                    position=self._place,
+                )
+        self._guards = ()
+
+
+class SimulatedBackend:
+    """One rank of a simulated world. Use it on the thread it was handed to only."""
+
+    def __init__(
+        self,
+        task: Task,
+        scheduler: Scheduler,
+        ledger: Ledger,
+        world: World,
+        faults: tuple[Fault, ...],
+        injected: Injection,
+    ) -> None:
+        self.task, self.scheduler, self.ledger = task, scheduler, ledger
+        self.rank, self.world_size = task.rank, len(scheduler.tasks)
+        self.device = world.device
+        self.capabilities = CAPABILITIES if world.clock == "planned" else CPU_CLOCKED
+        self._world, self._faults, self._injected = world, faults, injected
+        self._messages = Messages(scheduler, ledger, world.semantics, self._message_seconds)
+        self._collectives = Collectives(scheduler, ledger, self._collective_seconds)
+        self._everyone = Group(tuple(range(self.world_size)), "world", _CONTROL)
+        self._num_groups = 0
+        self._num_posted: dict[object, int] = {}  # by communicator, or (kind, peer, channel)
+        self._num_operations = 0
+        self._place: tuple[int, int, str] | None = None  # step, index and action, as told by at()
+        self._open: dict[SimulatedHandle, None] = {}  # handles that have not been waited for
+
+    def new_group(self, ranks: Sequence[int], name: str = "") -> Group:
+        """A communicator of ascending ``ranks``."""
+        members = check_ranks(self.rank, ranks, self.world_size)
+        self._collective("new_group", self._everyone, (list(members), name), ()).wait()
+        self._num_groups += 1
+        return Group(members, name, self._num_groups)
+
+    def all_reduce(self, tensor: torch.Tensor, group: Group, op: str = "sum") -> Handle:
+        """Replace ``tensor`` by its sum, max or avg over the group."""
+        check_all_reduce(self.rank, group, tensor, op)
+        agreed = (op, tensor.dtype, list(tensor.shape))
+        return self._collective("all_reduce", group, agreed, (tensor, op), (tensor,))
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Write to ``output`` the members' inputs, concatenated."""
+        check_all_gather(self.rank, group, output, input)
+        agreed = (input.dtype, list(input.shape))
+        return self._collective("all_gather", group, agreed, (output, input), (output, input))
+
+    def reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, group: Group, op: str = "sum"
+    ) -> Handle:
+        """Write to ``output`` this rank's part of the reduced inputs."""
+        check_reduce_scatter(self.rank, group, output, input, op)
+        agreed = (op, input.dtype, list(input.shape))
+        return self._collective("reduce_scatter", group, agreed, (output, input, op), (input, output))
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        group: Group,
+        output_sizes: Sequence[int] | None = None,
+        input_sizes: Sequence[int] | None = None,
+    ) -> Handle:
+        """Exchange parts: part i of ``input`` goes to member i."""
+        received, sent = check_all_to_all(self.rank, group, output, input, output_sizes, input_sizes)
+        agreed = (input.dtype, list(input.shape[1:]))
+        arguments = (output, input, received, sent)
+        return self._collective("all_to_all", group, agreed, arguments, (input, output))
+
+    def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
+        """Replace ``tensor`` by that of world rank ``source``."""
+        check_broadcast(self.rank, group, tensor, source)
+        agreed = (f"from rank {source}", tensor.dtype, list(tensor.shape))
+        return self._collective("broadcast", group, agreed, (tensor, group.index(source)), (tensor,))
+
+    def send(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
+        """Send to ``peer``; complete at once if the world buffers."""
+        return self.batch((Transfer("send", tensor, peer, channel),))
+
+    def recv(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
+        """Receive into ``tensor`` the next message of ``peer`` on ``channel``."""
+        return self.batch((Transfer("recv", tensor, peer, channel),))
+
+    def batch(self, transfers: Sequence[Transfer]) -> Handle:
+        """Post several sends and receives together."""
+        for transfer in transfers:
+            check_message(self.rank, transfer.kind, transfer.tensor, transfer.peer, self.world_size)
+        place, now = self._begin()
+        posts = [self._post(transfer, place, now) for transfer in transfers]
+        guards = tuple(watched for post in posts for watched in post.guards)
+        with unseen():
+            self._messages.post([post for post in posts if not self._lose(post)])
+        for post in posts:
+            if post.peer in self.ledger.vanished:
+                self.scheduler.fail(post, self.ledger.vanished[post.peer])
+        return self._handle(tuple(posts), place, guards)
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        self._collective("barrier", self._everyone, (), ()).wait()
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Every rank's value, each rank its own copies."""
+        with unseen():
+            pickled = pickle.dumps(value)
+        handle = self._collective("gather_objects", self._everyone, (), (pickled,))
+        handle.wait()
+        assert isinstance(handle.operation, Collective)
+        return [pickle.loads(theirs) for (theirs,) in handle.operation.in_group_order()]
+
+    def settle(self) -> None:
+        """Nothing is held beyond an operation's end."""
+
+    def mark(self) -> float:
+        """Virtual seconds on this rank's clock."""
+        return self.scheduler.tick(self.task)
+
+    def spend(self, seconds: float) -> None:
+        """Compute for so long, where the clock is a planned one."""
+        if self._world.clock == "planned":
+            self.scheduler.spend(self.task, seconds * self._injected.factor)
+
+    def at(self, step: int, index: int, action: str = "") -> None:
+        """Say where this rank is; faults of this place strike."""
+        self._place = step, index, action
+        self._reach(step, index)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of this rank's thread, the simulator's arithmetic included."""
+        return time.thread_time() - self.task.started_cpu_seconds
+
+    def random_scope(self, seed: int) -> AbstractContextManager[torch.Generator]:
+        """A fresh generator."""
+        return nullcontext(torch.Generator(self.device).manual_seed(seed))
+
+    def abort(self, error: BaseException) -> None:
+        """End the other ranks at their next communication."""
+        if not (isinstance(error, ExecutionError) and error.rank is not None):
+            error.add_note(f"raised on simulated rank {self.rank} of {self.world_size}")
+        self.scheduler.note(self.task, "fail", f"{type(error).__name__}: {error}")
+        self.scheduler.stop(error)
+
+    def wait(self, operation: Operation, place: str) -> None:
+        """Return once ``operation`` is complete; ExecutionError where that takes too long."""
+        before = self.scheduler.tick(self.task)
+        self.scheduler.note(self.task, "wait", operation.describe() if self._world.keep_events else "")
+        self.scheduler.wait(self.task, operation, place)
+        waited = self.scheduler.streams[self.rank] - before
+        patience = self._world.patience_seconds
+        if patience is not None and waited > patience:
+            raise ExecutionError(
+                f"an operation must be complete within {patience:g} virtual seconds, this took {waited:g}",
+                rank=self.rank,
+                action=operation.describe(),
+                position=place,
+            )
+
+    def waited(self, handle: SimulatedHandle) -> None:
+        """Take note that ``handle`` has been waited for."""
+        self._open.pop(handle, None)
+
+    def check_waited(self) -> None:
+        """Raise ExecutionError for the first handle that nobody has waited for."""
+        for handle in self._open:
+            raise ExecutionError(
+                f"every handle must be waited for; {len(self._open)} of this rank's never were, this is the "
+                "first: call wait() before its tensors are used or dropped",
+                rank=self.rank,
+                action=handle.operation.describe(),
+                position=handle._place,
+            )
+
+    def where(self) -> str:
+        """Where this rank is, as reports end with it."""
+        return f" at operation {self._num_operations}" if self._place is None else f" at {self._told_place()}"
+
+    def _told_place(self) -> str:
+        """The place that ``at`` was last called with, in words."""
+        assert self._place is not None
+        step, index, action = self._place
+        where = [f"step {step}"] * (step >= 0) + [f"row {index}"] * (index >= 0)
+        return ", ".join([*where, action] if action else where)
+
+    def _reach(self, step: int, index: int) -> None:
+        pause = self._injected.reach(step, index)
+        if pause:
+            self.scheduler.spend(self.task, pause)
+
+    def _begin(self) -> tuple[str, float]:
+        """Before anything is posted: where, and when on this rank's clock."""
+        now = self.scheduler.tick(self.task)
+        self.scheduler.check_alive()
+        if self._place is None:
+            if self._injected.pending:
+                self._reach(0, self._num_operations)
+                now = self.scheduler.streams[self.rank]
+            place = _caller()
+        else:
+            place = self._told_place()
+        self._num_operations += 1
+        return place, now
+
+    def _post(self, transfer: Transfer, place: str, now: float) -> Post:
+        receives = transfer.kind == "recv"
+        return Post(
+            number=self._next_number((transfer.kind, transfer.peer, transfer.channel)),
+            kind=transfer.kind,
+            rank=self.rank,
+            peer=transfer.peer,
+            channel=transfer.channel,
+            tensor=transfer.tensor,
+            ready_seconds=now,
+            place=place,
+            guards=(guard(transfer.tensor),),
+            corrupt=self._injected.corrupt() if receives else None,
+        )
+
+    def _lose(self, post: Post) -> bool:
+        """Whether a fault drops this message; the sender takes it for sent."""
+        if post.kind != "send":
+            return False
+        number = self.ledger.num_sent.get((self.rank, post.peer), 0)
+        self.ledger.num_sent[self.rank, post.peer] = number + 1
+        if (post.peer, number) not in self._injected.lost:
+            return False
+        post.start_seconds = post.end_seconds = post.ready_seconds
+        self.ledger.dropped.append(f"rank {self.rank} posted {post.describe()}, which a fault dropped")
+        return True
+
+    def _handle(
+        self, operations: tuple[Operation, ...], place: str, guards: tuple[Guard, ...]
+    ) -> SimulatedHandle:
+        handle = SimulatedHandle(self, operations, place, guards)
+        self._open[handle] = None
+        if self._world.keep_events:
+            for operation in operations:
+                self.scheduler.note(self.task, "post", operation.describe())
+        self.scheduler.skip(self.task)
+        self.scheduler.posted(self.task)
+        return handle
+
+    def _next_number(self, stream: object) -> int:
+        number = self._num_posted.get(stream, 0)
+        self._num_posted[stream] = number + 1
+        return number
+
+    def _collective(
+        self,
+        kind: str,
+        group: Group,
+        agreed: tuple[object, ...],
+        arguments: tuple[Any, ...],
+        tensors: tuple[torch.Tensor, ...] = (),
+    ) -> SimulatedHandle:
+        """Post this rank's part; the last one to post completes the operation for all."""
+        if not isinstance(group.payload, int):
+            raise ExecutionError(f"group must come from new_group, got {group}", rank=self.rank, action=kind)
+        place, now = self._begin()
+        guards = tuple(map(guard, tensors))
+        corrupt = self._injected.corrupt() if tensors else None
+        collective = self._collectives.post(
+            self.rank,
+            group,
+            self._next_number(group.payload),
+            Part((kind, *agreed), arguments, now, place, guards, corrupt),
+            max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
+        )
+        if collective.problem is not None:
+            raise ExecutionError(
+                collective.problem, rank=self.rank, action=collective.describe(), position=place
+            )
+        return self._handle((collective,), place, guards)
+
+    def _collective_seconds(self, collective: Collective) -> float:
+        group, price = collective.group, self._world.price
+        if price is None or group.payload == _CONTROL or group.size == 1:
+            return 0.0
+        seconds = price(collective.kind, group.name, group.ranks, collective.payload_bytes)
+        return seconds * link_factor(self._faults, group.ranks) if self._faults else seconds
+
+    def _message_seconds(self, sender: int, receiver: int, size: int) -> float:
+        if self._world.price is None:
+            return 0.0
+        ends = sender, receiver
+        seconds = self._world.price("send", "pp", ends, size)
+        return seconds * link_factor(self._faults, ends) if self._faults else seconds
+
+
+def _caller() -> str:
+    """File and line of the innermost frame that is neither the runtime's nor torch's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_FOLDERS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
