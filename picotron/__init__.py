@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from picotron.planner.plan import TrainingPlan, plan
     from picotron.planner.predict import Prediction, predict
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
+    from picotron.planner.simulate import simulate_step
     from picotron.planner.topology import Topology
     from picotron.planner.workload import Workload
     from picotron.runtime.compare import compare as compare
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "predict",
     "save_plan",
+    "simulate_step",
 ]
 
 __version__ = "0.1.0"
@@ -62,6 +64,7 @@ _PLANNER = {
     "plan": "picotron.planner.plan",
     "predict": "picotron.planner.predict",
     "save_plan": "picotron.planner.serialize",
+    "simulate_step": "picotron.planner.simulate",
 }
 _RUNTIME = {
     "Measurement": "picotron.runtime.run",

@@ -145,8 +145,8 @@ def test_the_grid_has_the_schedules_bubble(schedule: Schedule, forward: int, bac
     for bar in bars:
         busy[bar.rank] += bar.end_seconds - bar.start_seconds
     cost = StageCost(
-        forward=(SegmentCost(compute_seconds=forward, communication_seconds=0.0),),
-        backward=(SegmentCost(compute_seconds=backward, communication_seconds=0.0),),
+        forward=(SegmentCost(compute=(forward,)),),
+        backward=(SegmentCost(compute=(backward,)),),
         update_seconds=0.0,
     )
     assert tuple(units - own for own in busy) == bubble_seconds(schedule, [cost] * schedule.num_stages)

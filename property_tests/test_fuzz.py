@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from attrs import evolve, frozen
 from hypothesis import example, given, settings
@@ -73,7 +72,7 @@ class Pair:
 
 
 numbers = st.one_of(
-    st.integers(0, 9),
+    st.integers(-3, 300),
     st.floats(width=16, allow_nan=False),
     st.booleans(),
     st.none(),
@@ -92,10 +91,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor | np.ndarray:
     array = np.frombuffer(bytes([bits] + [0] * count)[:count], dtype=name).reshape(shape)
     if draw(st.booleans()):
         array = np.asfortranarray(np.stack([array, array], axis=-1))[..., 0]
-    if not draw(st.booleans()):
-        return array
-    found = torch.empty(shape, dtype=getattr(torch, name))
-    return found.copy_(torch.from_numpy(array.copy())) if array.size else found
+    return torch.from_numpy(array.copy()) if draw(st.booleans()) else array
 
 
 leaves = numbers | tensors()
@@ -156,7 +152,6 @@ def test_digests_are_equal_iff_bits_are(drawn: tuple[object, object]) -> None:
     assert (digest(one) == digest(other)) == (bits(one) == bits(other))
 
 
-@pytest.mark.xfail(strict=True, reason="items of a container are digested without a mark between them")
 @example([1, 23], [12, 3])
 @given(st.lists(st.integers(0, 1000)), st.lists(st.integers(0, 1000)))
 def test_digests_of_lists_of_numbers(one: list[int], other: list[int]) -> None:

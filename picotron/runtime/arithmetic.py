@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor; one of a single element may have any stride, which torch minds."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
     """Invert one bit of one element, both counted modulo what there is."""
     if not tensor.numel():
         return
-    content = tensor.detach().view(-1).view(torch.uint8)
+    content = as_bytes(tensor)
     size = tensor.element_size()
     byte = (element % tensor.numel()) * size + bit % (8 * size) // 8
     content[byte] ^= 1 << bit % 8

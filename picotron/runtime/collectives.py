@@ -48,6 +48,12 @@ class Collectives:
             self._scheduler.fail(collective, self._ledger.vanished[min(gone)])
         return collective
 
+    def abandon(self, rank: int) -> None:
+        """Fail what waits for a part of ``rank``, which is gone."""
+        for collective in self._ledger.collectives.values():
+            if rank in collective.absent():
+                self._scheduler.fail(collective, self._ledger.vanished[rank])
+
     def _complete(self, collective: Collective) -> None:
         kind, parts = collective.kind, collective.parts
         problem = _changed(collective)

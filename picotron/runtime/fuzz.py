@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from attrs import frozen
 
 from picotron.errors import ExecutionError, PlanError
+from picotron.runtime.arithmetic import as_bytes
 from picotron.runtime.backend import Backend
 from picotron.runtime.simulated import simulation
 from picotron.runtime.world import Simulation, World
@@ -99,31 +101,43 @@ def _difference(expected: tuple[str, tuple[str, ...]], found: tuple[str, tuple[s
 
 def digest(value: object) -> str:
     """A SHA-256 of ``value``: tensors, arrays, numbers and containers by their bits, the rest by its repr."""
-    found = hashlib.sha256()
-    _feed(found, value)
-    return found.hexdigest()
+    return _hashed(value).hex()
 
 
-def _feed(found: Any, value: object) -> None:
+def _hashed(value: object) -> bytes:
+    """Type and content, each value within another hashed by itself."""
     if isinstance(value, torch.Tensor):
-        found.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().view(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray):
-        found.update(f"array {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Mapping):
-        found.update(f"mapping {len(value)}".encode())
-        for key, item in value.items():
-            _feed(found, key)
-            _feed(found, item)
-    elif isinstance(value, list | tuple):
-        found.update(f"{type(value).__name__} {len(value)}".encode())
-        for item in value:
-            _feed(found, item)
-    elif isinstance(value, float):
-        found.update(value.hex().encode())
-    elif attrs.has(type(value)):
-        found.update(type(value).__name__.encode())
-        _feed(found, {f.name: getattr(value, f.name) for f in attrs.fields(type(value))})  # type: ignore[arg-type]
-    else:
-        found.update(repr(value).encode())
+        flat = as_bytes(value.detach().cpu().contiguous())
+        return _sha256("tensor", str(value.dtype), str(tuple(value.shape)), flat.numpy().tobytes())
+    if isinstance(value, np.ndarray):
+        return _sha256("array", str(value.dtype), str(value.shape), np.ascontiguousarray(value).tobytes())
+    if isinstance(value, Mapping):
+        return _sha256("mapping", *(_hashed(item) for pair in value.items() for item in pair))
+    if isinstance(value, list | tuple):
+        return _sha256(type(value).__name__, *map(_hashed, value))
+    if isinstance(value, set | frozenset):
+        return _sha256("set", *sorted(map(_hashed, value)))
+    if isinstance(value, float):
+        return _sha256("float", value.hex())
+    names = _field_names(value)
+    if names is not None:
+        return _sha256(type(value).__name__, *(_hashed(getattr(value, name)) for name in names))
+    return _sha256(type(value).__name__, repr(value))
+
+
+def _field_names(value: object) -> list[str] | None:
+    """Of an attrs object or a dataclass; None for anything else."""
+    if attrs.has(type(value)):
+        return [f.name for f in attrs.fields(cast(Any, type(value)))]
+    if dataclasses.is_dataclass(value):
+        return [f.name for f in dataclasses.fields(value)]
+    return None
+
+
+def _sha256(*parts: str | bytes) -> bytes:
+    """A hash that keeps its parts apart."""
+    found = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        found.update(len(content).to_bytes(8, "big") + content)
+    return found.digest()

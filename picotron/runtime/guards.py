@@ -13,6 +13,7 @@ import zlib
 import torch
 from attrs import define
 
+from picotron.runtime.arithmetic import as_bytes
 from picotron.runtime.backend import unseen
 
 
@@ -51,4 +52,4 @@ def _checksum(tensor: torch.Tensor) -> int:
     if tensor.device.type != "cpu" or not tensor.numel():
         return 0
     with unseen():
-        return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        return zlib.crc32(as_bytes(tensor).numpy().data)

@@ -7,25 +7,10 @@ from collections.abc import Iterable
 from attrs import define, field
 
 from picotron.planner.faults import Corrupt, Drop, Fault, Kill, OutOfMemory, Pause, compute_factor
-from picotron.runtime.ledger import Ledger
-from picotron.runtime.scheduler import Scheduler
 
 
 class Killed(BaseException):
     """Ends a rank's thread where a fault kills it; never leaves ``simulate``."""
-
-
-def vanish(scheduler: Scheduler, ledger: Ledger, rank: int, why: str) -> None:
-    """Fail, for the others, whatever needs ``rank``, which a fault has killed."""
-    ledger.vanished[rank] = words = f"rank {rank} {why}"
-    for collective in ledger.collectives.values():
-        if rank in collective.absent():
-            scheduler.fail(collective, words)
-    for queue in (*ledger.sends.values(), *ledger.receives.values()):
-        for post in [post for post in queue if post.peer == rank]:
-            queue.remove(post)
-            if post.end_seconds is None:
-                scheduler.fail(post, words)
 
 
 @define

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,9 +42,30 @@ class Post(Operation):
         way = "to" if self.kind == "send" else "from"
         return f"{self.kind} #{self.number} {way} rank {self.peer} on channel {self.channel!r}"
 
+    @property
+    def stream(self) -> str:
+        """Its channel, one direction of it."""
+        way = "to" if self.kind == "send" else "from"
+        return f"channel {self.channel!r} {way} rank {self.peer}"
+
     def absent(self) -> tuple[int, ...]:
-        """The other end."""
-        return (self.peer,)
+        """The other end; where either end stands behind others in a line of batches, who those wait for."""
+        if self.batch is None:
+            return (self.peer,)
+        if not self.batch.begun:
+            return tuple(dict.fromkeys(rank for post in self.batch.held_up_by() for rank in post.absent()))
+        behind = {post.peer for batch in self._other_ends() for post in batch.held_up_by()}
+        return (self.peer,) if self.rank in behind or not behind else tuple(sorted(behind))
+
+    def _other_ends(self) -> list[Batch]:
+        """Batches of the peer that have not begun and hold the other end of a message like this one."""
+        assert self.batch is not None
+        return [
+            batch
+            for batch in self.batch.every_line.get((self.peer, self.rank, self.channel), ())
+            if not batch.begun
+            and any(post.key == self.key and post.kind != self.kind for post in batch.posts)
+        ]
 
     def __str__(self) -> str:
         """Who posted what, and where."""
@@ -57,11 +79,23 @@ class Batch:
     posts: tuple[Post, ...]
     num_open: int
     begun: bool = False
+    lines: list[deque[Batch]] = field(factory=list)  # by queue, the batches that have not ended
+    every_line: Mapping[Channel, deque[Batch]] = field(factory=dict)  # those of all ranks
 
     @property
-    def queues(self) -> set[tuple[int, int, str]]:
+    def queues(self) -> tuple[Channel, ...]:
         """The (rank, peer, channel) whose batches come one after the other."""
-        return {(post.rank, post.peer, post.channel) for post in self.posts}
+        return tuple(dict.fromkeys((post.rank, post.peer, post.channel) for post in self.posts))
+
+    def held_up_by(self) -> list[Post]:
+        """What has to end before it may begin."""
+        return [
+            post
+            for line in self.lines
+            if line[0] is not self
+            for post in line[0].posts
+            if post.end_seconds is None and post.problem is None
+        ]
 
 
 @frozen
@@ -88,6 +122,11 @@ class Collective(Operation):
     def describe(self) -> str:
         """As reports name it."""
         return f"{self.kind} #{self.number} in group {self.group}"
+
+    @property
+    def stream(self) -> str:
+        """Its communicator."""
+        return f"group {self.group}"
 
     def absent(self) -> tuple[int, ...]:
         """The members that have not posted it."""
@@ -117,6 +156,7 @@ class Ledger:
     sends: dict[Channel, deque[Post]] = field(factory=dict)
     receives: dict[Channel, deque[Post]] = field(factory=dict)
     batches: dict[Channel, deque[Batch]] = field(factory=dict)  # by rank, peer and channel
+    batch_ends: dict[Channel, float] = field(factory=dict)  # when the last of them ended
     num_sent: dict[tuple[int, int], int] = field(factory=dict)  # messages by sender and receiver
     dropped: list[str] = field(factory=list)
     vanished: dict[int, str] = field(factory=dict)  # ranks that a fault has killed, in words
@@ -133,18 +173,14 @@ class Ledger:
             if not batch.begun
             for post in batch.posts
         ]
-        found = [
+        found = sorted(
             f"unmatched: {post}"
             for post in dict.fromkeys([*waiting, *behind])
             if not post.waiting  # who waits is told of anyway
-        ]
-        return found + [f"lost: {words}" for words in self.dropped]
+        )
+        return found + [f"lost: {words}" for words in sorted(self.dropped)]
 
     def unreceived(self) -> list[str]:
         """Messages that were sent, and that nobody has asked for."""
-        return [
-            f"unmatched: {post}"
-            for posts in self.sends.values()
-            for post in posts
-            if post.end_seconds is not None
-        ]
+        sent = [post for posts in self.sends.values() for post in posts if post.end_seconds is not None]
+        return sorted(f"unmatched: {post}" for post in sent)

@@ -38,7 +38,8 @@ class Messages:
     def post(self, posts: Sequence[Post]) -> None:
         """Take up what one rank posts together; whatever can meet, meets."""
         if self._semantics == "batched":
-            self._queue(Batch(tuple(posts), len(posts)))
+            if posts:
+                self._queue(Batch(tuple(posts), len(posts)))
             return
         for post in posts:
             if post.kind == "send" and self._semantics == "buffered":
@@ -50,62 +51,83 @@ class Messages:
         post.tensor, post.guards = post.tensor.clone(), ()
         post.start_seconds = post.end_seconds = post.ready_seconds
 
+    def abandon(self, rank: int) -> None:
+        """Fail what waits for messages of ``rank``, which is gone; what stands behind it goes on."""
+        failed = []
+        for queue in (*self._ledger.sends.values(), *self._ledger.receives.values()):
+            for post in [post for post in queue if post.peer == rank and post.end_seconds is None]:
+                queue.remove(post)
+                self._scheduler.fail(post, self._ledger.vanished[rank])
+                failed.append(post)
+        self._go_on(failed)
+
     def _queue(self, batch: Batch) -> None:
+        batch.every_line = self._ledger.batches
         for post in batch.posts:
             post.batch = batch
         for queue in batch.queues:
-            self._ledger.batches.setdefault(queue, deque()).append(batch)
-        self._begin(batch)
+            line = self._ledger.batches.setdefault(queue, deque())
+            line.append(batch)
+            batch.lines.append(line)
+        self._begin([batch])
 
-    def _begin(self, first: Batch) -> None:
+    def _begin(self, batches: list[Batch]) -> None:
         """Offer the messages of every batch that has become the first of all its queues."""
-        waiting = [first]
-        while waiting:
-            batch = waiting.pop()
-            if batch.begun or any(self._ledger.batches[queue][0] is not batch for queue in batch.queues):
+        while batches:
+            batch = batches.pop()
+            if batch.begun or any(line[0] is not batch for line in batch.lines):
                 continue
             batch.begun = True
+            before = max(self._ledger.batch_ends.get(queue, 0.0) for queue in batch.queues)
+            for post in batch.posts:
+                post.ready_seconds = max(post.ready_seconds, before)
             for post in batch.posts:
                 for ended in self._offer(post):
-                    waiting += self._end_one(ended)
+                    batches += self._end_one(ended)
+
+    def _go_on(self, ended: Sequence[Post]) -> None:
+        """Begin what stood behind messages that have ended."""
+        self._begin([batch for post in ended if post.batch is not None for batch in self._end_one(post)])
 
     def _end_one(self, post: Post) -> list[Batch]:
-        """Count a complete message off its batch; returns the batches that then come first in a queue."""
+        """Count a message off its batch; returns the batches that then come first in a queue."""
         batch = post.batch
-        assert batch is not None and post.end_seconds is not None
+        assert batch is not None
         batch.num_open -= 1
         if batch.num_open:
             return []
-        ended_seconds = max(other.end_seconds or 0.0 for other in batch.posts)
-        following = []
-        for queue in sorted(batch.queues):
-            batches = self._ledger.batches[queue]
-            batches.popleft()
-            if batches:
-                following.append(batches[0])
-                for later in batches[0].posts:
-                    later.ready_seconds = max(later.ready_seconds, ended_seconds)
+        ended_seconds = max(other.end_seconds or other.ready_seconds for other in batch.posts)
+        for queue, line in zip(batch.queues, batch.lines, strict=True):
+            self._ledger.batch_ends[queue] = max(self._ledger.batch_ends.get(queue, 0.0), ended_seconds)
+            line.popleft()
+        following = [line[0] for line in batch.lines if line]
+        for other in batch.posts:
+            other.batch = None  # the two refer to each other, which would keep tensors alive
         return following
 
     def _offer(self, post: Post) -> tuple[Post, ...]:
-        """Match ``post`` with the first of the other end, if that is there; returns complete ends."""
+        """Match ``post`` with the first of the other end, if that is there; returns what has ended."""
         sends, receives = self._ledger.sends, self._ledger.receives
         own, others = (sends, receives) if post.kind == "send" else (receives, sends)
         queue = others.get(post.key)
-        if not queue:
-            own.setdefault(post.key, deque()).append(post)
-            return ()
-        other = queue.popleft()
-        send, receive = (post, other) if post.kind == "send" else (other, post)
-        return self._meet(send, receive)
+        if queue:
+            other = queue.popleft()
+            send, receive = (post, other) if post.kind == "send" else (other, post)
+            self._meet(send, receive)
+            return send, receive
+        if post.peer in self._ledger.vanished and post.end_seconds is None:
+            self._scheduler.fail(post, self._ledger.vanished[post.peer])
+            return (post,)
+        own.setdefault(post.key, deque()).append(post)
+        return ()
 
-    def _meet(self, send: Post, receive: Post) -> tuple[Post, ...]:
+    def _meet(self, send: Post, receive: Post) -> None:
         """Move the content, and say when that was; or fail both ends."""
         problem = _disagreement(send, receive) or _changed(send) or _changed(receive)
         if problem is not None:
             for end in (send, receive):
                 self._scheduler.fail(end, problem)
-            return ()
+            return
         receive.tensor.copy_(send.tensor)
         if receive.corrupt is not None:
             flip_bit(receive.tensor, *receive.corrupt)
@@ -122,7 +144,6 @@ class Messages:
             for watched in post.guards:
                 watched.refresh()
             self._scheduler.wake(post)
-        return send, receive
 
 
 def _disagreement(send: Post, receive: Post) -> str | None:

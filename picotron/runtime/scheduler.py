@@ -36,6 +36,18 @@ class Event:
     seconds: float
 
 
+@frozen
+class Ran:
+    """When something ran on a stream of ``rank``, in virtual seconds; its own time is the stream "rank"."""
+
+    rank: int
+    stream: str
+    name: str
+    place: str
+    start_seconds: float
+    end_seconds: float
+
+
 @define(eq=False)
 class Task:
     """One rank as the scheduler sees it. ``turn`` is released to let it run."""
@@ -65,6 +77,11 @@ class Operation(ABC):
     def describe(self) -> str:
         """As reports name it."""
 
+    @property
+    @abstractmethod
+    def stream(self) -> str:
+        """What it runs on, as pictures name it."""
+
     @abstractmethod
     def absent(self) -> tuple[int, ...]:
         """The ranks whose part is missing."""
@@ -86,6 +103,7 @@ class Scheduler:
         self.failure: BaseException | None = None
         self.unmatched: Callable[[], list[str]] = list  # what a report of a deadlock adds
         self.events: list[Event] | None = None
+        self.spans: list[Ran] = []  # kept where events are
         self.num_hand_overs = 0
         self._cpu_clock, self._preempt = cpu_clock, preempt
         self._random = random.Random(seed)
@@ -134,6 +152,11 @@ class Scheduler:
         """Write an event down, if events are kept."""
         if self.events is not None:
             self.events.append(Event(task.rank, what, operation, self.streams[task.rank]))
+
+    def note_span(self, task: Task, stream: str, name: str, place: str, span: tuple[float, float]) -> None:
+        """Write down when something ran, if events are kept and it took time."""
+        if self.events is not None and span[0] < span[1]:
+            self.spans.append(Ran(task.rank, stream, name, place, *span))
 
     def posted(self, task: Task) -> None:
         """Let another rank run first, with chance ``preempt``."""

@@ -36,7 +36,7 @@ import torch
 from picotron.errors import ExecutionError
 from picotron.planner.faults import Fault, check_faults
 from picotron.runtime.backend import Backend
-from picotron.runtime.injection import Killed, injection, vanish
+from picotron.runtime.injection import Killed, injection
 from picotron.runtime.ledger import Ledger
 from picotron.runtime.memory import MemoryTracker
 from picotron.runtime.scheduler import Aborted, Scheduler, Task
@@ -59,7 +59,11 @@ def simulate(
     Raises the first exception of any rank, with its rank in the message or a note. Past ``timeout_seconds``
     of host time, or on KeyboardInterrupt, every rank is ended at its next communication and joined.
     """
-    found = simulation(function, world_size, World(**world), timeout_seconds=timeout_seconds)
+    return results(simulation(function, world_size, World(**world), timeout_seconds=timeout_seconds))
+
+
+def results(found: Simulation[T]) -> list[T]:
+    """What every rank returned; raises the failure instead, if there was one."""
     if found.failure is not None:
         raise found.failure
     return [cast(T, outcome.result) for outcome in found.outcomes]
@@ -94,6 +98,7 @@ def simulation(
         outcomes=tuple(ranks.outcomes),
         failure=failure,
         events=tuple(scheduler.events or ()),
+        spans=tuple(scheduler.spans),
         num_hand_overs=scheduler.num_hand_overs,
         clock_seconds=tuple(scheduler.streams[rank] for rank in range(world_size)),
     )
@@ -111,6 +116,7 @@ class _Ranks(Generic[T]):
     ) -> None:
         self.function, self.scheduler, self.world, self.faults = function, scheduler, world, faults
         self.ledger = Ledger()
+        self.troubled = False  # an operation has failed, and a rank has gone on all the same
         self.outcomes: list[Outcome[T]] = [Outcome(task.rank, None, None) for task in scheduler.tasks]
         scheduler.unmatched = self.ledger.unmatched
         if world.keep_events:
@@ -147,11 +153,12 @@ class _Ranks(Generic[T]):
                 with tracker:
                     result = self.function(backend)
                 backend.check_waited()
+                self.troubled |= backend.troubled
         except Aborted:
             why = "has ended, since another rank failed"
         except Killed:
             why, killed = f"was killed by a fault{backend.where()}", True
-            vanish(self.scheduler, self.ledger, task.rank, why)
+            backend.vanish(why)
         except BaseException as error:
             why, raised = f"has failed: {type(error).__name__}", error
             backend.abort(error)
@@ -165,7 +172,7 @@ class _Ranks(Generic[T]):
         for task, outcome in zip(self.scheduler.tasks, self.outcomes, strict=True):
             if outcome.killed:
                 return ExecutionError(f"the rank {task.gone}", rank=task.rank)
-        if lost := self.ledger.unreceived():
+        if not self.troubled and (lost := self.ledger.unreceived()):
             return ExecutionError(
                 "every message must be received, but all ranks have returned\n" + "\n".join(lost)
             )

@@ -68,17 +68,17 @@ class SimulatedHandle:
     def span(self) -> tuple[float, float] | None:
         """When it ran, in virtual seconds; None before it is complete."""
         ends = [operation.end_seconds for operation in self._operations]
-        if None in ends:
+        if not ends or None in ends:
             return None
         return min(operation.start_seconds for operation in self._operations), max(cast("list[float]", ends))
 
     def wait(self) -> None:
         """Return once the operation is complete."""
         self._backend.waited(self)
-        for operation in self._operations:
-            self._backend.wait(operation, self._place)
-        for watched in self._guards:
-            if watched.changed():
+        try:
+            for operation in self._operations:
+                self._backend.wait(operation, self._place)
+            if any(watched.changed() for watched in self._guards):
                 raise ExecutionError(
                     "a tensor belongs to its operation until wait has returned: it was changed before; "
                     "wait first, or work on a clone",
@@ -86,6 +86,9 @@ class SimulatedHandle:
                     action=self.operation.describe(),
                     position=self._place,
                 )
+        except ExecutionError:
+            self._backend.troubled = True
+            raise
         self._guards = ()
 
 
@@ -114,6 +117,7 @@ class SimulatedBackend:
         self._num_operations = 0
         self._place: tuple[int, int, str] | None = None  # step, index and action, as told by at()
         self._open: dict[SimulatedHandle, None] = {}  # handles that have not been waited for
+        self.troubled = False  # an operation has failed on this rank
 
     def new_group(self, ranks: Sequence[int], name: str = "") -> Group:
         """A communicator of ascending ``ranks``."""
@@ -179,9 +183,6 @@ class SimulatedBackend:
         guards = tuple(watched for post in posts for watched in post.guards)
         with unseen():
             self._messages.post([post for post in posts if not self._lose(post)])
-        for post in posts:
-            if post.peer in self.ledger.vanished:
-                self.scheduler.fail(post, self.ledger.vanished[post.peer])
         return self._handle(tuple(posts), place, guards)
 
     def barrier(self) -> None:
@@ -207,7 +208,7 @@ class SimulatedBackend:
     def spend(self, seconds: float) -> None:
         """Compute for so long, where the clock is a planned one."""
         if self._world.clock == "planned":
-            self.scheduler.spend(self.task, seconds * self._injected.factor)
+            self._pass(seconds * self._injected.factor, "compute")
 
     def at(self, step: int, index: int, action: str = "") -> None:
         """Say where this rank is; faults of this place strike."""
@@ -234,7 +235,13 @@ class SimulatedBackend:
         before = self.scheduler.tick(self.task)
         self.scheduler.note(self.task, "wait", operation.describe() if self._world.keep_events else "")
         self.scheduler.wait(self.task, operation, place)
-        waited = self.scheduler.streams[self.rank] - before
+        after = self.scheduler.streams[self.rank]
+        if self._world.keep_events and operation.end_seconds is not None:
+            told = operation.describe()
+            self.scheduler.note_span(self.task, "rank", f"wait for {told}", place, (before, after))
+            span = operation.start_seconds, operation.end_seconds
+            self.scheduler.note_span(self.task, operation.stream, told, place, span)
+        waited = after - before
         patience = self._world.patience_seconds
         if patience is not None and waited > patience:
             raise ExecutionError(
@@ -249,8 +256,11 @@ class SimulatedBackend:
         self._open.pop(handle, None)
 
     def check_waited(self) -> None:
-        """Raise ExecutionError for the first handle that nobody has waited for."""
-        for handle in self._open:
+        """Raise ExecutionError for the first handle that nobody has waited for.
+
+        After another error the rank may not have come to wait for all.
+        """
+        for handle in () if self.troubled else self._open:
             raise ExecutionError(
                 f"every handle must be waited for; {len(self._open)} of this rank's never were, this is the "
                 "first: call wait() before its tensors are used or dropped",
@@ -258,6 +268,12 @@ class SimulatedBackend:
                 action=handle.operation.describe(),
                 position=handle._place,
             )
+
+    def vanish(self, why: str) -> None:
+        """Fail, for the others, what needs this rank, which a fault has killed."""
+        self.ledger.vanished[self.rank] = f"rank {self.rank} {why}"
+        self._collectives.abandon(self.rank)
+        self._messages.abandon(self.rank)
 
     def where(self) -> str:
         """Where this rank is, as reports end with it."""
@@ -273,7 +289,15 @@ class SimulatedBackend:
     def _reach(self, step: int, index: int) -> None:
         pause = self._injected.reach(step, index)
         if pause:
-            self.scheduler.spend(self.task, pause)
+            self._pass(pause, "pause")
+
+    def _pass(self, seconds: float, name: str) -> None:
+        """Let virtual time go by on this rank."""
+        before = self.scheduler.streams[self.rank]
+        self.scheduler.spend(self.task, seconds)
+        if self._world.keep_events:
+            span = before, self.scheduler.streams[self.rank]
+            self.scheduler.note_span(self.task, "rank", name, self.where().removeprefix(" at "), span)
 
     def _begin(self) -> tuple[str, float]:
         """Before anything is posted: where, and when on this rank's clock."""
@@ -355,6 +379,7 @@ class SimulatedBackend:
             max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
         )
         if collective.problem is not None:
+            self.troubled = True
             raise ExecutionError(
                 collective.problem, rank=self.rank, action=collective.describe(), position=place
             )

@@ -12,7 +12,7 @@ from picotron.planner.faults import Fault
 from picotron.planner.prices import Price
 from picotron.planner.validators import FLAG, is_count, is_positive, must_be, one_of, shown
 from picotron.runtime.messages import Semantics
-from picotron.runtime.scheduler import Event
+from picotron.runtime.scheduler import Event, Ran
 
 T = TypeVar("T")
 
@@ -79,11 +79,13 @@ class Outcome(Generic[T]):
 class Simulation(Generic[T]):
     """What became of every rank: the outcomes in rank order, and the first failure of all.
 
-    ``events`` are in the order in which they happened, ``clock_seconds`` each rank's own at its end.
+    ``events`` and ``spans``, kept if the world was told to, are what ranks did in the order in which it
+    happened, and what took virtual time; ``clock_seconds`` is each rank's own at its end.
     """
 
     outcomes: tuple[Outcome[T], ...]
     failure: BaseException | None
     events: tuple[Event, ...]
+    spans: tuple[Ran, ...]
     num_hand_overs: int
     clock_seconds: tuple[float, ...]

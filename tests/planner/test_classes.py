@@ -24,6 +24,11 @@ def test_a_mark_is_passed_on_through_groups() -> None:
     assert refined([0, 0, 0, 0, 0], pairs[:1]) == (0, 0, 0, 0, 1)  # the last is in no group
 
 
+def test_being_in_no_group_tells_apart() -> None:
+    """Of three stages the first and the last tie their embeddings, also where that is the only such group."""
+    assert rank_classes(Topology(pp=3), ["embedding"], [""] * 3).of_rank == (0, 1, 0)
+
+
 def test_sizes_of_groups_do_not_matter() -> None:
     """An operation starts with the latest of its members; how many are as late tells nothing."""
     assert refined([0, 0, 0, 0, 0], [((0, 1), (2, 3, 4))]) == (0, 0, 0, 0, 0)

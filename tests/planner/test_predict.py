@@ -207,9 +207,9 @@ def test_what_each_rank_computes_follows_its_slice() -> None:
 
 
 def test_what_is_executed_counts_every_slice_once() -> None:
-    """The whole vocabulary's FLOPs, however it is cut."""
-    config = LLAMA | {"vocab_size": 11}
-    whole, cut = _plan(config=config), _plan(devices=2, tp=2, config=config)
+    """The whole vocabulary's FLOPs, also where three ranks hold three words each and the last holds two."""
+    config = LLAMA | {"vocab_size": 11, "num_key_value_heads": 4}
+    whole, cut = _plan(config=config), _plan(devices=4, tp=4, config=config)
     executed = [p.hfu * p.step_seconds * p.plan.topology.world_size for p in (predict(whole), predict(cut))]
     assert executed[0] == pytest.approx(executed[1])
 

@@ -10,7 +10,7 @@ import pytest
 from picotron.errors import PlanError
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.data import Bucket
-from picotron.planner.pipeline import Schedule, afab, make_schedule, one_f_one_b
+from picotron.planner.pipeline import Schedule, afab, make_schedule, one_f_one_b, schedule_from_csv
 from picotron.planner.program import Kind, Program, Row, lower, rows
 from picotron.planner.simulate import Durations, simulate_program
 from picotron.planner.timeline import STREAMS, Timeline, bubble_seconds, chrome_trace, make_timeline
@@ -177,6 +177,16 @@ def test_a_collective_of_a_body_runs_behind_a_sum_of_its_group() -> None:
     times = _times(simulate_program(program, seconds), program)
     assert times["0REDUCE0"] == (1, 6)
     assert times["0B0"] == (0, 6.5 + 2)
+
+
+def test_activations_and_gradients_have_channels_of_their_own() -> None:
+    """Two stages a rank, so that each rank sends the other both: neither is taken for the other."""
+    schedule = schedule_from_csv("0F0,0F1,2F0,2F1,2B0,0B0,2B1,0B1\n1F0,1F1,3F0,3B0,1B0,3F1,3B1,1B1\n")
+    program = _lower(schedule)
+    seconds = Durations(stages=(_stage([1], [1]),) * 4, send_seconds=0.0, reduce_seconds=FREE)
+    starts = {name: start for name, (start, _) in _times(simulate_program(program, seconds), program).items()}
+    assert [starts[str(action)] for action in schedule.orders[0]] == [0, 1, 2, 3, 5, 7, 9, 11]
+    assert [starts[str(action)] for action in schedule.orders[1]] == [1, 2, 3, 4, 6, 7, 8, 10]
 
 
 def test_tied_ends_sum_their_embeddings_together() -> None:

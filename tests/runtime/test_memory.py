@@ -1,12 +1,27 @@
-"""The tracker counts storages: when they are born, and when they die."""
+"""The tracker counts storages: when they are born, and when they die; a limit ends what exceeds it.
+
+On simulated ranks a plan's bytes are the tracker's, byte for byte: at every segment's end, at the peak and at
+the limit of a device.
+"""
 
 from __future__ import annotations
 
+import pickle
 import threading
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
-from picotron.runtime.memory import MemoryTracker
+import picotron as pt
+from picotron.errors import ExecutionError
+from picotron.planner.faults import OutOfMemory
+from picotron.planner.memory import memory_timeline
+from picotron.planner.plan import TrainingPlan
+from picotron.runtime.memory import MemoryTracker, OutOfMemoryError
+from tests.runtime.models import random_samples, random_weights, tiny_model, tiny_plan, tiny_workload
 
 
 def test_a_tensor_counts_until_it_dies() -> None:
@@ -94,3 +109,98 @@ def test_a_tracker_sees_its_own_thread_only() -> None:
         thread.start()
         thread.join()
     assert tracker.peak_bytes == 0
+
+
+def test_a_limit_is_the_last_byte_that_fits() -> None:
+    """4000 bytes of 4000 fit, by whatever steps; what the next operation makes is told and does not stay."""
+    with MemoryTracker(limit_bytes=4000, rank=3) as tracker:
+        kept = torch.zeros(600)
+        torch.zeros(400)
+        more = torch.zeros(400)
+        assert tracker.live_bytes == 4000
+        with pytest.raises(OutOfMemoryError) as caught:
+            kept.add(1)
+        assert str(caught.value) == (
+            "rank 3: out of memory: an operation needs 2,400 bytes more, 4,000 are live "
+            "and the device holds 4,000"
+        )
+        del caught, more
+        assert tracker.live_bytes == 2400
+        assert torch.zeros(400).numel() == 400
+
+
+def test_what_stands_counts_against_the_limit() -> None:
+    """A device that its standing tensors do not fit on is refused when they are told."""
+    standing = torch.zeros(100)
+    MemoryTracker([standing], limit_bytes=400)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="needs 400 bytes more, 0 are live and the device holds 399"
+    ):
+        MemoryTracker([standing], limit_bytes=399)
+
+
+def test_running_out_of_memory_is_both_errors_and_crosses_processes() -> None:
+    """Torch's handlers and ours catch it; pickled, it is the same."""
+    error = OutOfMemoryError("out of memory", rank=2, action="F0", position="row 1")
+    assert isinstance(error, ExecutionError) and isinstance(error, torch.OutOfMemoryError)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is OutOfMemoryError
+    assert str(again) == "rank 2, action F0, position row 1: out of memory"
+
+
+@lru_cache
+def plans() -> dict[str, TrainingPlan]:
+    adamw = {"optimizer": "adamw", "max_grad_norm": 1.0, "global_batch": 4}
+    return {
+        "gpt2 dp2 pp2": tiny_plan(tiny_model("gpt2"), tiny_workload(global_batch=4), dp=2, pp=2),
+        "llama tp2": tiny_plan(
+            tiny_model("llama", tied=True), tiny_workload(global_batch=2), tp=2, sequence_parallel=True
+        ),
+        "qwen3 pp2 adamw": tiny_plan(tiny_model("qwen3", tied=True), tiny_workload(**adamw), pp=2),
+        "qwen2 fp32 dp2 adamw": tiny_plan(
+            tiny_model("qwen2"), tiny_workload(precision="fp32", **adamw), dp=2
+        ),
+    }
+
+
+NAMES = ("gpt2 dp2 pp2", "llama tp2", "qwen3 pp2 adamw", "qwen2 fp32 dp2 adamw")
+
+
+def train(name: str, **settings: Any) -> pt.Measurement:
+    """Two steps, the second of them measured."""
+    return pt.run(plans()[name], random_samples(67, 8), steps=2, weights=random_weights, **settings)
+
+
+@pytest.mark.parametrize(
+    "semantics",
+    ["rendezvous", "buffered", "batched"],
+)
+@pytest.mark.parametrize("name", ["gpt2 dp2 pp2", "qwen3 pp2 adamw"])
+def test_a_ranks_bytes_are_the_plans_however_messages_meet(name: str, semantics: str) -> None:
+    """Live bytes at the end of every segment and row, and the step's peak, on every rank."""
+    for rank, measured in enumerate(train(name, semantics=semantics).memory):
+        planned = memory_timeline(plans()[name], rank)
+        np.testing.assert_array_equal(measured.row, planned.row)
+        np.testing.assert_array_equal(measured.operation, planned.operation)
+        np.testing.assert_array_equal(measured.live_bytes, planned.live_bytes)
+        assert measured.max_bytes == planned.max_bytes
+
+
+@pytest.mark.parametrize("semantics", ["rendezvous", "buffered"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_device_of_the_planned_peak_is_just_enough(name: str, semantics: str) -> None:
+    """Every rank with a device of its own planned peak: the run passes. A byte less on any one: it fails."""
+    peaks = [
+        memory_timeline(plans()[name], rank).max_bytes for rank in range(plans()[name].topology.world_size)
+    ]
+    enough = [OutOfMemory(rank=rank, at_bytes=peak) for rank, peak in enumerate(peaks)]
+    found = train(name, semantics=semantics, faults=enough)
+    assert [measured.max_bytes for measured in found.memory] == peaks
+    for rank, peak in enumerate(peaks):
+        with pytest.raises(torch.OutOfMemoryError, match=rf"the device holds {peak - 1:,}") as caught:
+            train(name, semantics=semantics, faults=[OutOfMemory(rank=rank, at_bytes=peak - 1)])
+        assert isinstance(caught.value, OutOfMemoryError)
+        assert caught.value.rank == rank
+    with pytest.raises(torch.OutOfMemoryError):
+        train(name, semantics=semantics, memory_bytes=max(peaks) - 1)
+    train(name, semantics=semantics, memory_bytes=max(peaks))

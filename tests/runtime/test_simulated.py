@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 import torch
 
 from picotron.errors import ExecutionError, PlanError
+from picotron.planner.cluster import ClusterSpec
 from picotron.planner.faults import Kill
 from picotron.runtime.backend import Backend, Group, Transfer
 from picotron.runtime.messages import SEMANTICS
+from picotron.runtime.ranks import simulate_ranks
 from picotron.runtime.simulated import simulate
 
 
@@ -727,6 +730,33 @@ def test_a_debugger_in_a_rank_stops_the_world(tmp_path: Path) -> None:
     )
     assert "('rank', 1, tensor([1.]))" in found.stdout
     assert found.stdout.splitlines()[-1].endswith("[3.0, 3.0, 3.0]")
+
+
+def test_a_trace_is_a_picture_of_virtual_time(tmp_path: Path) -> None:
+    """Compute 1 s, a sum of 2 s under 1.5 s of computing, 0.5 s of waiting: in microseconds, by stream."""
+
+    def program(backend: Backend) -> None:
+        group = backend.new_group([0, 1], "dp")
+        backend.spend(1.0)
+        handle = backend.all_reduce(torch.ones(2**18), group)
+        backend.spend(1.5e-4)
+        handle.wait()
+
+    cluster = ClusterSpec.preset("cpu", devices_per_node=2)
+    simulate_ranks(program, 2, cluster=cluster, trace=tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    seen = [
+        (names[e["pid"], e["tid"]], e["name"], round(e["ts"]), round(e["ts"] + e["dur"]))
+        for e in events
+        if e["ph"] == "X" and e["pid"] == 0
+    ]
+    assert seen == [
+        ("rank", "compute", 0, 1_000_000),
+        ("rank", "compute", 1_000_000, 1_000_150),
+        ("rank", "wait for all_reduce #0 in group dp [0, 1]", 1_000_150, 1_000_302),
+        ("group dp [0, 1]", "all_reduce #0 in group dp [0, 1]", 1_000_000, 1_000_302),
+    ]
 
 
 @pytest.mark.gpu
