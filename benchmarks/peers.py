@@ -1,17 +1,20 @@
 """Plain PyTorch, as a good practitioner would write it: what Picotron's runtime is measured against.
 
-A Llama decoder of stock modules trained by autograd, fused attention and fused AdamW. Parameters bear their
-Hugging Face names, so that both sides start from the same weights. Nothing of Picotron's runtime is used
-but its first weights and its memory tracker, which watches both sides.
+A Llama decoder of stock modules trained by autograd, fused attention and fused AdamW, alone, data parallel
+under DDP or tensor parallel by three autograd functions. Parameters bear their Hugging Face names, so that
+both sides start from the same weights. Nothing of Picotron's runtime is used but its first weights and its
+memory tracker, which watches both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 from torch.nn.parallel import DistributedDataParallel
@@ -142,9 +145,12 @@ class PlainTrainer:
     """One process; microbatches accumulate their gradients."""
 
     def __init__(self, plan: TrainingPlan) -> None:
-        module = llama(plan)
+        module = self._made(plan)
         self.module: nn.Module = self._wrapped(module)
         self.optimizer = adamw(module, plan.workload)
+
+    def _made(self, plan: TrainingPlan) -> Llama:
+        return llama(plan)
 
     def _wrapped(self, module: Llama) -> nn.Module:
         return module
@@ -183,13 +189,14 @@ class PlainTrainer:
 
 
 class DdpTrainer(PlainTrainer):
-    """DistributedDataParallel over gloo, which reduces in the last microbatch; gradients live in its buckets.
+    """DistributedDataParallel, which reduces in the last microbatch; gradients live in its buckets.
 
-    The process finds torchrun's variables in its environment.
+    Over the process group that is open, or gloo: the process finds torchrun's variables in its environment.
     """
 
     def __init__(self, plan: TrainingPlan) -> None:
-        dist.init_process_group("gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
         super().__init__(plan)
 
     def _wrapped(self, module: Llama) -> nn.Module:
@@ -204,3 +211,78 @@ class DdpTrainer(PlainTrainer):
         loss = torch.tensor(super().step(batches))
         dist.all_reduce(loss)
         return loss.item() / dist.get_world_size()
+
+
+_CUT_DIMS = {  # of the weights that tensor parallelism cuts, by the module's name
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), 0),
+    **dict.fromkeys(("o_proj", "down_proj"), 1),
+}
+
+
+class Copied(torch.autograd.Function):
+    """The same on every rank; gradients are summed (Shoeybi et al. 2019, section 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class Summed(torch.autograd.Function):
+    """The sum over the ranks; each gets the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Gathered(torch.autograd.Function):
+    """The ranks' parts side by side along the last dim; each gets its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
+
+
+class TensorParallelTrainer(PlainTrainer):
+    """One rank's heads and columns, in the process group that is open; the embedding and norms are whole."""
+
+    def _made(self, plan: TrainingPlan) -> Llama:
+        size, rank, spec = dist.get_world_size(), dist.get_rank(), plan.model
+        local = evolve(
+            spec,
+            num_heads=spec.num_heads // size,
+            num_kv_heads=spec.num_kv_heads // size,
+            intermediate_size=spec.intermediate_size // size,
+        )
+        module, draw = Llama(local, plan.workload.seq_len), initial_weights(plan)
+        module.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size // size, bias=False)
+        state = {}
+        for placement in plan.layout:
+            whole, dim = draw(placement), _CUT_DIMS.get(placement.name.split(".")[-2])
+            state[placement.name] = whole if dim is None else whole.chunk(size, dim)[rank]
+        module.load_state_dict(state)
+        blocks = [block for layer in module.model.layers for block in (layer.self_attn, layer.mlp)]
+        for block in (*blocks, module.lm_head):
+            block.register_forward_pre_hook(lambda _, given: (Copied.apply(given[0]), *given[1:]))
+        for block in blocks:
+            block.register_forward_hook(lambda _, given, out: Summed.apply(out))
+        module.lm_head.register_forward_hook(lambda _, given, out: Gathered.apply(out))
+        return module

@@ -1,7 +1,7 @@
 """For tests of parallel code: a pytest fixture that runs simulated ranks, and a strategy that draws faults.
 
 Installed with Picotron, pytest finds the fixture by itself. Seeds are printed on failure, and
-``pytest --picotron-seed N`` runs every simulated world under seed N.
+``pytest --picotron-seed N`` has the fixture run its worlds under seed N.
 """
 
 from __future__ import annotations

@@ -126,21 +126,27 @@ def bits(value: object) -> object:
 def likenesses(draw: st.DrawFn) -> tuple[object, object]:
     """A value, and the same again or one much like it."""
     value = draw(values)
-    return value, draw(st.just(value) | values | st.just([value]) | st.just(_nudged(value)))
+    alike = draw(st.sampled_from(("same", "other", "nested", "nudged", "recast", "reshaped")))
+    if alike in ("same", "other"):
+        return value, value if alike == "same" else draw(values)
+    return value, [value] if alike == "nested" else _changed(value, alike)
 
 
-def _nudged(value: object) -> object:
-    """The value with one bit changed, or in another container."""
+def _changed(value: object, how: str) -> object:
+    """The value with one bit changed, or the same bits as another type or shape."""
     if isinstance(value, list):
-        return [_nudged(value[0]), *value[1:]] if value else ()
+        return [_changed(value[0], how), *value[1:]] if value else ()
+    if isinstance(value, Pair):
+        return evolve(value, one=_changed(value.one, how))
     if isinstance(value, float):
         return -value
-    if isinstance(value, Pair):
-        return evolve(value, one=_nudged(value.one))
     if isinstance(value, torch.Tensor) and value.numel():
-        changed = value.clone()
-        changed.view(-1).view(torch.uint8)[0] ^= 1
-        return changed
+        flat = value.clone().view(-1).view(torch.uint8)
+        if how == "nudged":
+            flat[0] ^= 1
+        dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+        dtype = dtypes[value.element_size()] if how == "recast" else value.dtype
+        return flat.view(dtype).view(*value.shape, *([1] if how == "reshaped" else []))
     return value
 
 

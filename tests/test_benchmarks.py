@@ -37,11 +37,11 @@ SIDE_KEYS = {
 STEPS = 2 + 2 * 1 + 1  # warm-up, rounds * steps, and the one whose memory is measured
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The benchmark, as a person would start it."""
+def run_script(*arguments: str, script: str = "train_step.py") -> subprocess.CompletedProcess[str]:
+    """A benchmark, as a person would start it."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "benchmarks/train_step.py", *arguments],
+        [sys.executable, f"benchmarks/{script}", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,

@@ -112,14 +112,21 @@ def ranks_of(fault: Fault) -> tuple[int, ...]:
     return (fault.rank,)
 
 
-def check_faults(faults: Iterable[Fault], world_size: int) -> tuple[Fault, ...]:
-    """The script as a tuple. Raises PlanError for what is no fault, or names a rank outside the world."""
-    script = tuple(faults)
+def as_script(faults: object) -> tuple[Fault, ...]:
+    """Faults, or a single one, as a tuple. Raises PlanError for anything else."""
+    script = (faults,) if isinstance(faults, Fault) or not isinstance(faults, Iterable) else tuple(faults)
     for fault in script:
         if not isinstance(fault, Fault):
             raise PlanError(
-                f"a fault must be a Kill, Pause, Slow, Corrupt, Drop or OutOfMemory, got {fault!r}"
+                f"a fault must be a Kill, Pause, Slow, Corrupt, Drop or OutOfMemory, got {shown(fault)}"
             )
+    return script
+
+
+def check_faults(faults: object, world_size: int) -> tuple[Fault, ...]:
+    """The script as a tuple. Raises PlanError for what is no fault, or names a rank outside the world."""
+    script = as_script(faults)
+    for fault in script:
         if outside := [rank for rank in ranks_of(fault) if rank >= world_size]:
             raise PlanError(f"the rank of a fault must be in [0, {world_size}), got {outside[0]} in {fault}")
     return script

@@ -16,7 +16,17 @@ from picotron.errors import PlanError
 from picotron.planner.classes import RankClasses, axis_indices, meetings, rank_classes
 from picotron.planner.clock import Span
 from picotron.planner.cost import StageCost, group_seconds, send_seconds, stage_costs
-from picotron.planner.faults import Fault, Pause, Slow, check_faults, compute_factor, link_factor, ranks_of
+from picotron.planner.faults import (
+    Corrupt,
+    Fault,
+    Kill,
+    Pause,
+    Slow,
+    check_faults,
+    compute_factor,
+    link_factor,
+    ranks_of,
+)
 from picotron.planner.lanes import Lane, Stream, run_lanes
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, rows
@@ -187,18 +197,21 @@ def _checked(plan: TrainingPlan, faults: Iterable[Fault]) -> tuple[Fault, ...]:
                 "a step of which only the time is simulated takes Slow and Pause"
             )
         if isinstance(fault, Pause):
-            _check_place(plan, fault)
+            check_place(plan, fault, num_steps=1)
     return script
 
 
-def _check_place(plan: TrainingPlan, pause: Pause) -> None:
-    if pause.step:
-        raise PlanError(f"one step is simulated, step 0; got {pause}")
-    stage = axis_indices(plan.topology)["pp"][pause.rank]
+def check_place(plan: TrainingPlan, fault: Fault, *, num_steps: int) -> None:
+    """Raise PlanError for a fault at a row, or in a step, that its rank never comes to."""
+    if not isinstance(fault, Kill | Pause | Corrupt):
+        return
+    if fault.step >= num_steps:
+        raise PlanError(f"the step of a fault must be in [0, {num_steps}), got {fault}")
+    stage = axis_indices(plan.topology)["pp"][fault.rank]
     offsets = plan.program().offsets
     num_rows = offsets[stage + 1] - offsets[stage]
-    if pause.at >= num_rows:
-        raise PlanError(f"rank {pause.rank} has rows 0 to {num_rows - 1}, got {pause}")
+    if fault.at >= num_rows:
+        raise PlanError(f"rank {fault.rank} has rows 0 to {num_rows - 1}, got {fault}")
 
 
 def _classes(plan: TrainingPlan, faults: tuple[Fault, ...], seconds: Mapping[int, Durations]) -> RankClasses:

@@ -29,7 +29,7 @@ class Wait:
 
 @frozen(kw_only=True)
 class WaitGraph:
-    """Every waiting rank, and why ranks that are gone or busy (by rank) do not come."""
+    """Every waiting rank, and why ranks that are gone (by rank) do not come."""
 
     waits: tuple[Wait, ...]
     others: Mapping[int, str]

@@ -7,10 +7,17 @@ from typing import Any
 
 import torch
 
+BLOCK = 2**16  # elements summed and copied at a time, so that they stay in a core's cache
+
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor; one of a single element may have any stride, which torch minds."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    """The memory of a contiguous tensor."""
+    return as_elements(tensor).view(torch.uint8)
+
+
+def as_elements(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in one dim; one of a single element may have any stride, which torch minds."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
@@ -24,10 +31,13 @@ def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
 
 
 def _all_reduce(parts: list[tuple[torch.Tensor, str]]) -> None:
-    total, op = parts[0]
-    _reduce(total, [tensor for tensor, _ in parts], op)
-    for tensor, _ in parts[1:]:
-        tensor.copy_(total)
+    op = parts[0][1]
+    flat = [as_elements(tensor) for tensor, _ in parts]
+    for first in range(0, max(flat[0].numel(), 1), BLOCK):
+        total, *others = own = [tensor[first : first + BLOCK] for tensor in flat]
+        _reduce(total, own, op)
+        for other in others:
+            other.copy_(total)
 
 
 def _reduce_scatter(parts: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None:

@@ -295,6 +295,8 @@ def check_broadcast(rank: int, group: Group, tensor: torch.Tensor, source: int) 
 
 def check_message(rank: int, kind: str, tensor: torch.Tensor, peer: int, world_size: int) -> None:
     """ExecutionError unless this send or recv is in order."""
+    if kind not in ("send", "recv"):
+        raise ExecutionError(f"kind must be send or recv, got {kind!r}", rank=rank, action="batch")
     _check_dense(rank, kind, tensor)
     if not 0 <= peer < world_size or peer == rank:
         raise ExecutionError(
@@ -315,6 +317,8 @@ def _member_action(kind: str, rank: int, group: Group) -> str:
 
 def _check_dense(rank: int, action: str, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise ExecutionError(f"tensors must be torch's, got {tensor!r}", rank=rank, action=action)
         if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise ExecutionError(
                 f"tensors must be plain, got a {type(tensor).__name__}: pass what it holds",

@@ -12,6 +12,7 @@ from picotron.planner.clock import Operation as Timed
 from picotron.planner.clock import advance
 from picotron.runtime.arithmetic import ARITHMETIC, flip_bit
 from picotron.runtime.backend import Group, unseen
+from picotron.runtime.guards import CHANGED
 from picotron.runtime.ledger import Collective, Ledger, Part
 from picotron.runtime.scheduler import Scheduler
 
@@ -33,17 +34,13 @@ class Collectives:
         if collective is None:
             collective = Collective(number=number, kind=str(part.agreed[0]), group=group)
             self._ledger.collectives[key] = collective
-        problem = collective.disagreement(rank, part)
         collective.parts[rank] = part
         collective.payload_bytes = max(collective.payload_bytes, payload_bytes)
-        complete = len(collective.parts) == group.size
-        if complete:
+        if len(collective.parts) == group.size:
             del self._ledger.collectives[key]
-        if problem is not None:
-            self._scheduler.fail(collective, problem)
-        elif complete and collective.problem is None:
-            with unseen():
-                self._complete(collective)
+            if collective.problem is None:
+                with unseen():
+                    self._complete(collective)
         elif gone := self._ledger.vanished.keys() & group.ranks - collective.parts.keys():
             self._scheduler.fail(collective, self._ledger.vanished[min(gone)])
         return collective
@@ -56,11 +53,13 @@ class Collectives:
 
     def _complete(self, collective: Collective) -> None:
         kind, parts = collective.kind, collective.parts
-        problem = _changed(collective)
+        problem, blamed = collective.disagreement(), None
+        if problem is None and (rank := _changed(collective)) is not None:
+            problem, blamed = CHANGED, (rank, collective.describe(), parts[rank].place)
         if problem is None and kind in ARITHMETIC:
             problem = ARITHMETIC[kind](collective.in_group_order())
         if problem is not None:
-            self._scheduler.fail(collective, problem)
+            self._scheduler.fail(collective, problem, blamed)
             return
         communicator = "group", collective.group.payload
         ready = max(part.posted_seconds for part in parts.values())
@@ -78,11 +77,7 @@ class Collectives:
         self._scheduler.wake(collective)
 
 
-def _changed(collective: Collective) -> str | None:
-    for rank, part in collective.parts.items():
-        if any(watched.changed() for watched in part.guards):
-            return (
-                f"a tensor belongs to its operation until wait has returned: rank {rank} changed that of its "
-                f"{collective.describe()} ({part.place}); wait first, or work on a clone"
-            )
-    return None
+def _changed(collective: Collective) -> int | None:
+    """The least rank whose tensors somebody has changed since it posted them."""
+    changed = (r for r, part in collective.parts.items() if any(watched.changed() for watched in part.guards))
+    return min(changed, default=None)

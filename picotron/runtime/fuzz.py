@@ -10,13 +10,14 @@ from typing import Any, cast
 import attrs
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from picotron.errors import ExecutionError, PlanError
+from picotron.planner.validators import shown
 from picotron.runtime.arithmetic import as_bytes
 from picotron.runtime.backend import Backend
 from picotron.runtime.simulated import simulation
-from picotron.runtime.world import Simulation, World
+from picotron.runtime.world import Simulation, make_world
 
 PREEMPT = 0.5  # how often a rank that posts an operation lets others go first, while a race is looked for
 
@@ -64,14 +65,17 @@ def fuzz(
 
     Results are compared to the bit, rank by rank; ``world`` as World's fields. Without seeds: PlanError.
     """
-    numbers = list(seeds)
+    try:
+        numbers = list(seeds)
+    except TypeError:
+        raise PlanError(f"seeds must be whole numbers, one after the other, got {shown(seeds)}") from None
     if not numbers:
         raise PlanError("fuzz needs at least one seed, got none")
-    settings = {"preempt": PREEMPT, **world}
-    first = simulation(function, world_size, World(seed=numbers[0], **settings))
+    settings = make_world({"preempt": PREEMPT, "seed": numbers[0], **world})
+    first = simulation(function, world_size, settings)
     expected = _told(first)
     for count, seed in enumerate(numbers[1:], start=2):
-        found = _told(simulation(function, world_size, World(seed=seed, **settings)))
+        found = _told(simulation(function, world_size, evolve(settings, seed=seed)))
         if found != expected:
             return FuzzReport(
                 num_seeds=count,
@@ -86,9 +90,14 @@ def fuzz(
 
 
 def _told(run: Simulation[Any]) -> tuple[str, tuple[str, ...]]:
-    """The error, or else each rank's result, in a form that is equal where they are."""
-    if run.failure is not None:
-        return f"{type(run.failure).__name__}: {run.failure}", ()
+    """The error, or else each rank's result, in a form that is equal where they are.
+
+    Who of several ranks tells an error first is no difference.
+    """
+    error = run.failure
+    if error is not None:
+        words = error.message if isinstance(error, ExecutionError) else str(error)
+        return f"{type(error).__name__}: {words}", ()
     return "", tuple(digest(outcome.result) for outcome in run.outcomes)
 
 
@@ -100,15 +109,20 @@ def _difference(expected: tuple[str, tuple[str, ...]], found: tuple[str, tuple[s
 
 
 def digest(value: object) -> str:
-    """A SHA-256 of ``value``: tensors, arrays, numbers and containers by their bits, the rest by its repr."""
+    """A SHA-256 of ``value``: numbers, tensors and what holds them by their bits, the rest by its repr."""
     return _hashed(value).hex()
 
 
 def _hashed(value: object) -> bytes:
     """Type and content, each value within another hashed by itself."""
+    if isinstance(value, torch.nn.Module):
+        return _sha256("module", type(value).__name__, _hashed(value.state_dict()))
     if isinstance(value, torch.Tensor):
-        flat = as_bytes(value.detach().cpu().contiguous())
+        dense = value.detach().cpu()
+        flat = as_bytes((dense if dense.layout == torch.strided else dense.to_dense()).contiguous())
         return _sha256("tensor", str(value.dtype), str(tuple(value.shape)), flat.numpy().tobytes())
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return _hashed(value.tolist())
     if isinstance(value, np.ndarray):
         return _sha256("array", str(value.dtype), str(value.shape), np.ascontiguousarray(value).tobytes())
     if isinstance(value, Mapping):
@@ -122,6 +136,8 @@ def _hashed(value: object) -> bytes:
     names = _field_names(value)
     if names is not None:
         return _sha256(type(value).__name__, *(_hashed(getattr(value, name)) for name in names))
+    if type(value).__repr__ is object.__repr__:  # it tells an address, which is no value
+        return _sha256(type(value).__name__, _hashed(getattr(value, "__dict__", {})))
     return _sha256(type(value).__name__, repr(value))
 
 

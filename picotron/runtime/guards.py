@@ -16,6 +16,11 @@ from attrs import define
 from picotron.runtime.arithmetic import as_bytes
 from picotron.runtime.backend import unseen
 
+CHANGED = (
+    "a tensor belongs to its operation until wait has returned, and was changed before: "
+    "wait first, or work on a clone"
+)
+
 
 @define
 class Guard:

@@ -23,17 +23,17 @@ class Injection:
     lost: frozenset[tuple[int, int]]  # (receiver, number) of messages that do not arrive
     armed: list[Corrupt] = field(factory=list)
 
-    def reach(self, step: int, index: int) -> float:
-        """Let strike what is due at a place; returns seconds of pause. Raises Killed."""
-        pause = 0.0
+    def reach(self, step: int, index: int) -> list[float]:
+        """Let strike what is due at a place; returns the seconds of each pause. Raises Killed."""
+        pauses = []
         for fault in self.pending.pop((step, index), ()):
             if isinstance(fault, Kill):
                 raise Killed
             if isinstance(fault, Pause):
-                pause += fault.seconds
+                pauses.append(fault.seconds)
             else:
                 self.armed.append(fault)
-        return pause
+        return pauses
 
     def corrupt(self) -> tuple[int, int] | None:
         """Element and bit to invert in what is received next; None for nothing."""

@@ -52,10 +52,19 @@ class Post(Operation):
         """The other end; where either end stands behind others in a line of batches, who those wait for."""
         if self.batch is None:
             return (self.peer,)
-        if not self.batch.begun:
-            return tuple(dict.fromkeys(rank for post in self.batch.held_up_by() for rank in post.absent()))
-        behind = {post.peer for batch in self._other_ends() for post in batch.held_up_by()}
-        return (self.peer,) if self.rank in behind or not behind else tuple(sorted(behind))
+        found: dict[int, None] = {}
+        seen, waiting = {self}, [self]
+        while waiting:
+            post = waiting.pop()
+            assert post.batch is not None
+            if not post.batch.begun:
+                held_up_by = [other for other in post.batch.held_up_by() if other not in seen]
+                seen.update(held_up_by)
+                waiting += held_up_by
+                continue
+            behind = {other.peer for batch in post._other_ends() for other in batch.held_up_by()}
+            found |= dict.fromkeys(sorted(behind) if behind and post.rank not in behind else (post.peer,))
+        return tuple(found) or (self.peer,)
 
     def _other_ends(self) -> list[Batch]:
         """Batches of the peer that have not begun and hold the other end of a message like this one."""
@@ -136,16 +145,19 @@ class Collective(Operation):
         """Every member's arguments."""
         return [self.parts[rank].arguments for rank in self.group.ranks]
 
-    def disagreement(self, rank: int, part: Part) -> str | None:
-        """Words for ``part`` and the first one posted, where they are no parts of one collective."""
-        first_rank, first = next(iter(self.parts.items()), (rank, part))
-        if part.agreed == first.agreed:
-            return None
-        told = "; ".join(
-            f"rank {who} posted {' '.join(map(str, p.agreed))}" + (f" ({p.place})" if p.place else "")
-            for who, p in ((first_rank, first), (rank, part))
-        )
-        return f"members of group {self.group} must post the same collective: {told}"
+    def disagreement(self) -> str | None:
+        """Words for the first two members, in group order, whose parts are not of one collective."""
+        first_rank, *others = sorted(self.parts)
+        first = self.parts[first_rank]
+        for rank in others:
+            part = self.parts[rank]
+            if part.agreed != first.agreed:
+                told = "; ".join(
+                    f"rank {who} posted {' '.join(map(str, p.agreed))} ({p.place})"
+                    for who, p in ((first_rank, first), (rank, part))
+                )
+                return f"members of group {self.group} must post the same collective: {told}"
+        return None
 
 
 @define(eq=False)
@@ -173,7 +185,8 @@ class Ledger:
             if not batch.begun
             for post in batch.posts
         ]
-        found = sorted(
+        unlike = [collective.disagreement() for collective in self.collectives.values()]
+        found = sorted(f"unlike: {words}" for words in unlike if words is not None) + sorted(
             f"unmatched: {post}"
             for post in dict.fromkeys([*waiting, *behind])
             if not post.waiting  # who waits is told of anyway

@@ -19,6 +19,7 @@ from typing import Literal
 from picotron.planner.clock import Operation as Timed
 from picotron.planner.clock import advance
 from picotron.runtime.arithmetic import flip_bit
+from picotron.runtime.guards import CHANGED
 from picotron.runtime.ledger import Batch, Ledger, Post
 from picotron.runtime.scheduler import Scheduler
 
@@ -123,10 +124,12 @@ class Messages:
 
     def _meet(self, send: Post, receive: Post) -> None:
         """Move the content, and say when that was; or fail both ends."""
-        problem = _disagreement(send, receive) or _changed(send) or _changed(receive)
-        if problem is not None:
+        problem = _disagreement(send, receive)
+        changed = next((end for end in (send, receive) if any(w.changed() for w in end.guards)), None)
+        if problem is not None or changed is not None:
+            blamed = None if changed is None else (changed.rank, changed.describe(), changed.place)
             for end in (send, receive):
-                self._scheduler.fail(end, problem)
+                self._scheduler.fail(end, problem or CHANGED, blamed)
             return
         receive.tensor.copy_(send.tensor)
         if receive.corrupt is not None:
@@ -156,13 +159,3 @@ def _disagreement(send: Post, receive: Post) -> str | None:
         for post in (send, receive)
     )
     return f"a message and its receive must agree in dtype and shape: {told}"
-
-
-def _changed(post: Post) -> str | None:
-    if not any(watched.changed() for watched in post.guards):
-        return None
-    at = f" ({post.place})" if post.place else ""
-    return (
-        f"a tensor belongs to its operation until wait has returned: rank {post.rank} changed that of its "
-        f"{post.describe()}{at}; wait first, or send a clone"
-    )

@@ -30,7 +30,7 @@ def simulate_ranks(
     api: Api = "picotron",
     seed: int = 0,
     semantics: Semantics = "rendezvous",
-    faults: Iterable[Fault] = (),
+    faults: Fault | Iterable[Fault] = (),
     cluster: ClusterSpec | None = None,
     clock: Clock = "planned",
     memory_bytes: int | None = None,
@@ -55,6 +55,8 @@ def simulate_ranks(
         raise PlanError(f"world_size must be a whole number of at least 1, got {shown(world_size)}")
     if api not in get_args(Api):
         raise PlanError(f"api must be one of {', '.join(get_args(Api))}, got {shown(api)}")
+    if cluster is not None and not isinstance(cluster, ClusterSpec):
+        raise PlanError(f"cluster must be a ClusterSpec, got {shown(cluster)}; use ClusterSpec.preset(...)")
     if cluster is not None and world_size > cluster.num_devices:
         raise PlanError(
             f"world_size must be at most the cluster's {cluster.num_devices} devices, got {world_size}"
@@ -62,7 +64,7 @@ def simulate_ranks(
     world = World(
         seed=seed,
         semantics=semantics,
-        faults=faults,  # type: ignore[arg-type]
+        faults=faults,
         price=None if cluster is None else cluster_price(cluster),
         clock=clock,
         memory_bytes=memory_bytes,
@@ -74,7 +76,12 @@ def simulate_ranks(
     on_rank = on_torch(function) if api == "torch.distributed" else function
     found = simulation(on_rank, world_size, world, timeout_seconds=timeout_seconds)
     if trace is not None:
-        write_text(trace, chrome_trace(found.spans), "a trace")
+        try:
+            write_text(trace, chrome_trace(found.spans), "a trace")
+        except PlanError as error:
+            if found.failure is None:
+                raise
+            found.failure.add_note(str(error))
     return results(found)
 
 

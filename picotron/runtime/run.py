@@ -11,9 +11,11 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.faults import check_faults
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.prices import plan_price
+from picotron.planner.simulate import check_place
 from picotron.planner.timeline import Timeline, make_timeline
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset, byte_text, step_batches
@@ -32,6 +34,7 @@ Observer = Callable[[Session, StepResult], None]
 class Measurement:
     """What a run did. Per-step tuples run over its steps; the rest is of its ``measured_step``.
 
+    ``seconds`` of a step are those of the rank that took longest.
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (the plan's own seconds, which must be
     the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own) or "host".
     ``payload_bytes_by_rank`` and ``memory`` have the types that the prediction has; ``rows_by_rank`` are the
@@ -109,7 +112,7 @@ def run(
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     check_runnable(plan, backend if isinstance(backend, str) else "simulated")
-    check_simulated(backend, world)
+    check_simulated(plan, backend, world, steps)
     dataset = byte_text(data, plan.workload.seq_len) if isinstance(data, (str, Path)) else data
     check_data(plan, dataset)
     measured = min(measure_step, steps - 1)
@@ -125,11 +128,13 @@ def run(
     return rank_main(backend)
 
 
-def check_simulated(backend: object, world: Mapping[str, Any]) -> None:
-    """Raise PlanError where ``world`` asks of real ranks what only simulated ones do."""
+def check_simulated(plan: TrainingPlan, backend: object, world: Mapping[str, Any], steps: int) -> None:
+    """Raise PlanError where ``world`` asks of real ranks what only simulated ones do, or has idle faults."""
     asked = [name for name, value in world.items() if value]
     if asked and backend != "simulated":
         raise PlanError(f"only simulated ranks take {', '.join(asked)}, got backend {backend!r}")
+    for fault in check_faults(world.get("faults", ()), plan.topology.world_size):
+        check_place(plan, fault, num_steps=steps)
 
 
 def on_backend(name: str, rank_main: Callable[[Backend], Any], plan: TrainingPlan, **world: Any) -> Any:
@@ -140,7 +145,7 @@ def on_backend(name: str, rank_main: Callable[[Backend], Any], plan: TrainingPla
     if name == "simulated":
         from picotron.runtime.simulated import simulate
 
-        return simulate(rank_main, plan.topology.world_size, price=plan_price(plan), **world)[0]
+        return simulate(rank_main, plan.topology.world_size, **{"price": plan_price(plan), **world})[0]
     import torch
 
     from picotron.runtime.distributed import DistributedBackend
@@ -227,8 +232,9 @@ def _measurement(
 ) -> Measurement:
     memory = least_memory([result.memory for result in measured if result.memory is not None])
     own = evolve(measured[0], memory=memory)
-    gathered = backend.gather_objects((own, _typical_cpu_seconds(results, measured)))
-    reports: list[tuple[StepResult, float]] = cast(Any, gathered)
+    own_seconds = tuple(result.seconds for result in results)
+    gathered = backend.gather_objects((own, _typical_cpu_seconds(results, measured), own_seconds))
+    reports: list[tuple[StepResult, float, tuple[float, ...]]] = cast(Any, gathered)
     clock = backend.capabilities.clock
     return Measurement(
         plan=plan,
@@ -237,11 +243,11 @@ def _measurement(
         losses=tuple(result.loss for result in results),
         grad_norms=tuple(result.grad_norm for result in results),
         tokens=tuple(result.num_tokens for result in results),
-        seconds=tuple(result.seconds for result in results),
+        seconds=tuple(map(max, zip(*(seconds for _, _, seconds in reports), strict=True))),
         measured_step=own.step,
-        cpu_seconds_by_rank=tuple(cpu_seconds for _, cpu_seconds in reports),
-        payload_bytes_by_rank=tuple(report.payload_bytes for report, _ in reports),
-        rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report, _ in reports),
-        memory=tuple(report.memory for report, _ in reports if report.memory is not None),
-        timeline=make_timeline(clock, [entry for report, _ in reports for entry in report.entries]),
+        cpu_seconds_by_rank=tuple(cpu_seconds for _, cpu_seconds, _ in reports),
+        payload_bytes_by_rank=tuple(report.payload_bytes for report, *_ in reports),
+        rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report, *_ in reports),
+        memory=tuple(report.memory for report, *_ in reports if report.memory is not None),
+        timeline=make_timeline(clock, [entry for report, *_ in reports for entry in report.entries]),
     )

@@ -57,6 +57,7 @@ class Task:
     waiting_for: Operation | None = None
     waiting_at: str = ""
     error: ExecutionError | None = None  # raised where it waits
+    factor: float = 1.0  # of its computing
     gone: str = ""  # why it does not come any more: it has returned, failed or was killed
     started_cpu_seconds: float = 0.0
     seen_cpu_seconds: float = 0.0  # thread CPU time up to which the clock has counted
@@ -71,6 +72,7 @@ class Operation(ABC):
     start_seconds: float = 0.0
     end_seconds: float | None = None
     problem: str | None = None
+    blamed: tuple[int, str, str] | None = None  # rank, action and position at fault, if one is
     waiting: list[Task] = field(factory=list)
 
     @abstractmethod
@@ -87,12 +89,19 @@ class Operation(ABC):
         """The ranks whose part is missing."""
 
 
+def failed(rank: int, operation: Operation, place: str) -> ExecutionError:
+    """What ``rank`` is told of a failed operation: where it stands, or who is at fault and where."""
+    assert operation.problem is not None
+    who, action, position = operation.blamed or (rank, operation.describe(), place)
+    return ExecutionError(operation.problem, rank=who, action=action, position=position or None)
+
+
 class Scheduler:
     """Owner of the baton and of the clocks: who runs, who could, and what the others wait for.
 
     ``streams`` says when each stream is free, in virtual seconds; a rank's own is under its number. With
     ``cpu_clock`` a rank's own advances by its thread's CPU time, else only by what it is told to spend.
-    Every method but ``stop`` is called by the rank that holds the baton.
+    Every method but ``start``, ``enter`` and ``stop`` is called by the rank that holds the baton.
     """
 
     def __init__(self, world_size: int, seed: int, *, cpu_clock: bool = False, preempt: float = 0.0) -> None:
@@ -135,7 +144,7 @@ class Scheduler:
         """The rank's clock, with the CPU time counted that it has spent since it was last looked at."""
         if self._cpu_clock:
             now = time.thread_time()
-            self.spend(task, now - task.seen_cpu_seconds)
+            self.spend(task, (now - task.seen_cpu_seconds) * task.factor)
             task.seen_cpu_seconds = now
         return self.streams[task.rank]
 
@@ -183,9 +192,9 @@ class Scheduler:
         self._runnable.extend(operation.waiting)
         operation.waiting.clear()
 
-    def fail(self, operation: Operation, problem: str) -> None:
+    def fail(self, operation: Operation, problem: str, blamed: tuple[int, str, str] | None = None) -> None:
         """Have everyone who waits, or will wait, for ``operation`` raise ``problem``."""
-        operation.problem = problem
+        operation.problem, operation.blamed = problem, blamed
         self.wake(operation)
 
     def stop(self, error: BaseException) -> None:
@@ -203,9 +212,7 @@ class Scheduler:
             error, task.error = task.error, None
             raise error
         if operation.problem is not None:
-            raise ExecutionError(
-                operation.problem, rank=task.rank, action=operation.describe(), position=place or None
-            )
+            raise failed(task.rank, operation, place)
         self.check_alive()
 
     def _hand_over(self, task: Task) -> None:

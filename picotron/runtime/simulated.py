@@ -9,7 +9,7 @@ Semantics:
 - *Messages* meet as ``World.semantics`` says (see ``messages``); receives are matched when posted, in posting
   order per (sender, receiver, channel).
 - *A collective is complete when its last member has posted it.* The n-th of a group must agree among its
-  members in kind, op, dtype and sizes, else every member gets an ExecutionError that names two that differ.
+  members in kind, op, dtype and sizes, else they get an ExecutionError that names two that differ.
 - *Reductions have one order*: ``((t0 + t1) + t2) + ...`` in group order, accumulated in the tensors' own
   dtype; avg divides the sum by the group's size at the end.
 - *Deadlock*: if nobody can run, every waiting rank gets an ExecutionError that says who waits for whom.
@@ -33,8 +33,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from picotron.errors import ExecutionError
+from picotron.errors import ExecutionError, PlanError
 from picotron.planner.faults import Fault, check_faults
+from picotron.planner.validators import is_positive, shown
 from picotron.runtime.backend import Backend
 from picotron.runtime.injection import Killed, injection
 from picotron.runtime.ledger import Ledger
@@ -42,7 +43,7 @@ from picotron.runtime.memory import MemoryTracker
 from picotron.runtime.scheduler import Aborted, Scheduler, Task
 from picotron.runtime.simulated_rank import CAPABILITIES as CAPABILITIES
 from picotron.runtime.simulated_rank import SimulatedBackend as SimulatedBackend
-from picotron.runtime.world import Outcome, Simulation, World
+from picotron.runtime.world import Outcome, Simulation, World, make_world
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def simulate(
     Raises the first exception of any rank, with its rank in the message or a note. Past ``timeout_seconds``
     of host time, or on KeyboardInterrupt, every rank is ended at its next communication and joined.
     """
-    return results(simulation(function, world_size, World(**world), timeout_seconds=timeout_seconds))
+    return results(simulation(function, world_size, make_world(world), timeout_seconds=timeout_seconds))
 
 
 def results(found: Simulation[T]) -> list[T]:
@@ -73,6 +74,10 @@ def simulation(
     function: Callable[[Backend], T], world_size: int, world: World, *, timeout_seconds: float | None = None
 ) -> Simulation[T]:
     """What became of every rank that ran ``function(backend)``; raises nothing of theirs."""
+    if not isinstance(world_size, int) or isinstance(world_size, bool):
+        raise PlanError(f"world_size must be a whole number, got {shown(world_size)}")
+    if timeout_seconds is not None and not is_positive(timeout_seconds):
+        raise PlanError(f"timeout_seconds must be None or a positive number, got {shown(timeout_seconds)}")
     scheduler = Scheduler(world_size, world.seed, cpu_clock=world.clock == "cpu", preempt=world.preempt)
     ranks = _Ranks(function, scheduler, world, check_faults(world.faults, world_size))
     # Only this thread starts and joins ranks, so that no KeyboardInterrupt can fall in between.
@@ -91,7 +96,7 @@ def simulation(
             conductor.join()
         torch.set_num_threads(intra_op_threads)  # what threads to come start from is one setting for all
         torch.set_rng_state(random_state)
-    failure = scheduler.failure or ranks.leftover()
+    failure = ranks.told(scheduler.failure) if scheduler.failure is not None else ranks.leftover()
     if failure is not None:
         failure.add_note(f"simulated, world_size={world_size}: seed={world.seed} repeats this")
     return Simulation(
@@ -147,25 +152,39 @@ class _Ranks(Generic[T]):
         backend = SimulatedBackend(task, self.scheduler, self.ledger, self.world, self.faults, faults)
         limit = faults.limit_bytes
         tracker = nullcontext() if limit is None else MemoryTracker(limit_bytes=limit, rank=task.rank)
-        result, raised, why, killed = None, None, "has returned", False
+        result, raised, why = None, None, "has returned"
         try:
             if self.scheduler.failure is None:
                 with tracker:
                     result = self.function(backend)
-                backend.check_waited()
+                if not backend.killed:
+                    backend.check_waited()
                 self.troubled |= backend.troubled
         except Aborted:
             why = "has ended, since another rank failed"
         except Killed:
-            why, killed = f"was killed by a fault{backend.where()}", True
-            backend.vanish(why)
+            pass
         except BaseException as error:
             why, raised = f"has failed: {type(error).__name__}", error
-            backend.abort(error)
+            if not backend.killed:
+                backend.abort(error)
         finally:
-            self.outcomes[task.rank] = Outcome(task.rank, result, raised, killed)
+            if backend.killed:  # whatever the rank has made of it
+                why, result, raised = backend.killed, None, None
+            self.outcomes[task.rank] = Outcome(task.rank, result, raised, bool(backend.killed))
             self.scheduler.note(task, "end", why)
             self.scheduler.leave(task, why)
+
+    def told(self, first: BaseException) -> BaseException:
+        """Of the failures that say the same as the first, the least rank's: one report for every seed."""
+        if not isinstance(first, ExecutionError):
+            return first
+        alike = [
+            outcome.error
+            for outcome in self.outcomes
+            if isinstance(outcome.error, ExecutionError) and outcome.error.message == first.message
+        ]
+        return alike[0] if alike else first
 
     def leftover(self) -> ExecutionError | None:
         """What is wrong at the end of a world in which no rank failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 import time
@@ -30,11 +31,11 @@ from picotron.runtime.backend import (
     unseen,
 )
 from picotron.runtime.collectives import Collectives
-from picotron.runtime.guards import Guard, guard
-from picotron.runtime.injection import Injection
+from picotron.runtime.guards import CHANGED, Guard, guard
+from picotron.runtime.injection import Injection, Killed
 from picotron.runtime.ledger import Collective, Ledger, Part, Post
 from picotron.runtime.messages import Messages
-from picotron.runtime.scheduler import Operation, Scheduler, Task
+from picotron.runtime.scheduler import Operation, Scheduler, Task, failed
 from picotron.runtime.world import World
 
 CAPABILITIES = Capabilities(name="simulated", clock="virtual", fused_reduce_scatter=True)
@@ -42,7 +43,7 @@ CAPABILITIES = Capabilities(name="simulated", clock="virtual", fused_reduce_scat
 CPU_CLOCKED = evolve(CAPABILITIES, clock="virtual cpu")
 
 _CONTROL = -1  # the world's own communicator: barrier, gather_objects, new_group
-_FOLDERS = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))  # whose frames no user wrote
+_FOLDERS = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))  # whose frames no user wrote
 
 
 class SimulatedHandle:
@@ -74,14 +75,12 @@ class SimulatedHandle:
 
     def wait(self) -> None:
         """Return once the operation is complete."""
-        self._backend.waited(self)
+        first_time = self._backend.waited(self)
         try:
-            for operation in self._operations:
-                self._backend.wait(operation, self._place)
+            self._backend.wait(self._operations, self._place, first_time)
             if any(watched.changed() for watched in self._guards):
                 raise ExecutionError(
-                    "a tensor belongs to its operation until wait has returned: it was changed before; "
-                    "wait first, or work on a clone",
+                    CHANGED,
                     rank=self._backend.rank,
                     action=self.operation.describe(),
                     position=self._place,
@@ -118,6 +117,8 @@ class SimulatedBackend:
         self._place: tuple[int, int, str] | None = None  # step, index and action, as told by at()
         self._open: dict[SimulatedHandle, None] = {}  # handles that have not been waited for
         self.troubled = False  # an operation has failed on this rank
+        self.killed = ""  # how a fault has killed it, in words
+        task.factor = injected.factor
 
     def new_group(self, ranks: Sequence[int], name: str = "") -> Group:
         """A communicator of ascending ``ranks``."""
@@ -207,6 +208,12 @@ class SimulatedBackend:
 
     def spend(self, seconds: float) -> None:
         """Compute for so long, where the clock is a planned one."""
+        if not 0 <= seconds < math.inf:
+            raise ExecutionError(
+                f"seconds must be a finite number of at least 0, got {seconds!r}",
+                rank=self.rank,
+                action="spend",
+            )
         if self._world.clock == "planned":
             self._pass(seconds * self._injected.factor, "compute")
 
@@ -230,30 +237,37 @@ class SimulatedBackend:
         self.scheduler.note(self.task, "fail", f"{type(error).__name__}: {error}")
         self.scheduler.stop(error)
 
-    def wait(self, operation: Operation, place: str) -> None:
-        """Return once ``operation`` is complete; ExecutionError where that takes too long."""
-        before = self.scheduler.tick(self.task)
-        self.scheduler.note(self.task, "wait", operation.describe() if self._world.keep_events else "")
-        self.scheduler.wait(self.task, operation, place)
-        after = self.scheduler.streams[self.rank]
-        if self._world.keep_events and operation.end_seconds is not None:
-            told = operation.describe()
-            self.scheduler.note_span(self.task, "rank", f"wait for {told}", place, (before, after))
-            span = operation.start_seconds, operation.end_seconds
-            self.scheduler.note_span(self.task, operation.stream, told, place, span)
-        waited = after - before
+    def wait(self, operations: Sequence[Operation], place: str, first_time: bool) -> None:
+        """Return once all ``operations`` are complete; ExecutionError if that took too long."""
+        self._check_alive()
+        started = self.scheduler.tick(self.task)
+        for operation in operations:
+            before = self.scheduler.tick(self.task)
+            if first_time and self._world.keep_events:
+                self.scheduler.note(self.task, "wait", operation.describe())
+            self.scheduler.wait(self.task, operation, place)
+            if first_time and self._world.keep_events:
+                self._note_spans(operation, place, before)
         patience = self._world.patience_seconds
-        if patience is not None and waited > patience:
+        if patience is not None and self.scheduler.streams[self.rank] - started > patience:
             raise ExecutionError(
-                f"an operation must be complete within {patience:g} virtual seconds, this took {waited:g}",
+                f"an operation must be complete within {patience:g} virtual seconds of waiting, and was not",
                 rank=self.rank,
-                action=operation.describe(),
+                action=operations[0].describe(),
                 position=place,
             )
 
-    def waited(self, handle: SimulatedHandle) -> None:
-        """Take note that ``handle`` has been waited for."""
-        self._open.pop(handle, None)
+    def _note_spans(self, operation: Operation, place: str, before: float) -> None:
+        """Write down that this rank has waited, and when the operation ran."""
+        assert operation.end_seconds is not None
+        told, after = operation.describe(), self.scheduler.streams[self.rank]
+        self.scheduler.note_span(self.task, "rank", f"wait for {told}", place, (before, after))
+        span = operation.start_seconds, operation.end_seconds
+        self.scheduler.note_span(self.task, operation.stream, told, place, span)
+
+    def waited(self, handle: SimulatedHandle) -> bool:
+        """Take note that ``handle`` is waited for; whether it is for the first time."""
+        return self._open.pop(handle, 0) is None
 
     def check_waited(self) -> None:
         """Raise ExecutionError for the first handle that nobody has waited for.
@@ -269,11 +283,18 @@ class SimulatedBackend:
                 position=handle._place,
             )
 
-    def vanish(self, why: str) -> None:
-        """Fail, for the others, what needs this rank, which a fault has killed."""
-        self.ledger.vanished[self.rank] = f"rank {self.rank} {why}"
+    def vanish(self) -> None:
+        """Be gone, which a fault has brought about: fail, for the others, what needs this rank."""
+        self.killed = f"was killed by a fault{self.where()}"
+        self.ledger.vanished[self.rank] = f"rank {self.rank} {self.killed}"
         self._collectives.abandon(self.rank)
         self._messages.abandon(self.rank)
+
+    def _check_alive(self) -> None:
+        """End this rank at its communication if it, or the world, is no more."""
+        if self.killed:
+            raise Killed
+        self.scheduler.check_alive()
 
     def where(self) -> str:
         """Where this rank is, as reports end with it."""
@@ -287,9 +308,13 @@ class SimulatedBackend:
         return ", ".join([*where, action] if action else where)
 
     def _reach(self, step: int, index: int) -> None:
-        pause = self._injected.reach(step, index)
-        if pause:
-            self._pass(pause, "pause")
+        try:
+            pauses = self._injected.reach(step, index)
+        except Killed:
+            self.vanish()
+            raise
+        for seconds in pauses:
+            self._pass(seconds, "pause")
 
     def _pass(self, seconds: float, name: str) -> None:
         """Let virtual time go by on this rank."""
@@ -302,7 +327,7 @@ class SimulatedBackend:
     def _begin(self) -> tuple[str, float]:
         """Before anything is posted: where, and when on this rank's clock."""
         now = self.scheduler.tick(self.task)
-        self.scheduler.check_alive()
+        self._check_alive()
         if self._place is None:
             if self._injected.pending:
                 self._reach(0, self._num_operations)
@@ -344,7 +369,8 @@ class SimulatedBackend:
         self, operations: tuple[Operation, ...], place: str, guards: tuple[Guard, ...]
     ) -> SimulatedHandle:
         handle = SimulatedHandle(self, operations, place, guards)
-        self._open[handle] = None
+        if operations:
+            self._open[handle] = None
         if self._world.keep_events:
             for operation in operations:
                 self.scheduler.note(self.task, "post", operation.describe())
@@ -380,9 +406,7 @@ class SimulatedBackend:
         )
         if collective.problem is not None:
             self.troubled = True
-            raise ExecutionError(
-                collective.problem, rank=self.rank, action=collective.describe(), position=place
-            )
+            raise failed(self.rank, collective, place)
         return self._handle((collective,), place, guards)
 
     def _collective_seconds(self, collective: Collective) -> float:

@@ -30,7 +30,6 @@ BACKEND_NAME = "threaded"  # under this name, and no other, DeviceMesh keeps the
 
 _FOLD: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "SUM": torch.add,
-    "AVG": torch.add,
     "PRODUCT": torch.mul,
     "MIN": torch.minimum,
     "MAX": torch.maximum,
@@ -322,6 +321,7 @@ class SimulatedGroup(_ProcessGroup):  # type: ignore[misc]
         transfer = Transfer(kind, tensor, self.members[peer], channel)
         if self._posted.batch is not None:
             work = self._work([], tensors, peer)
+            work.held_back = True
             self._posted.batch.append((transfer, work))
             return work
         post = self._backend.send if kind == "send" else self._backend.recv

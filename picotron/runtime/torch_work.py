@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from attrs import define, field
 
+from picotron.errors import ExecutionError
 from picotron.runtime.backend import Backend, Handle, Transfer, unseen
 
 _Work: Any = dist.Work  # untyped, as torch's stubs have it otherwise than torch calls it
@@ -43,7 +44,7 @@ class Posted:
         if batch:
             handle = self.backend.batch([transfer for transfer, _ in batch])
             for _, work in batch:
-                work.parts = [(handle, None)]
+                work.parts, work.held_back = [(handle, None)], False
 
     def drain(self) -> None:
         """Wait for everything that nobody has waited for, in order of posting."""
@@ -65,12 +66,18 @@ class SimulatedWork(_Work):  # type: ignore[misc]
         self.parts: Sequence[Part] = parts
         self._posted, self._results, self._source = posted, list(results), source
         self._done = False
+        self.held_back = False  # a message of a batch that is not posted yet
         self._future: _Future | None = None
 
     def wait(self, timeout: object = None) -> bool:
         """Return once complete; ``timeout`` is left aside: a deadlock is found at once."""
         if not self._done:
             self._posted.pending.pop(id(self), None)
+            if self.held_back:
+                raise ExecutionError(
+                    "a message of a batch is posted when the batch ends, which this one never did",
+                    rank=self._posted.backend.rank,
+                )
             for handle, _ in self.parts:
                 handle.wait()
             with unseen():

@@ -106,7 +106,7 @@ def train(
     data or folder that will not do. ``seed`` and ``world`` are of simulated ranks, as in ``run``.
     """
     check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
-    check_simulated(backend, world)
+    check_simulated(plan, backend, world, steps)
 
     def rank_main(world: Backend) -> Measurement | None:
         return _train_rank(plan, world, dataset, Path(folder), steps, save_every, weights, report)

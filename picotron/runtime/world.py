@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from attrs import field, frozen
+from attrs import field, fields, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.faults import Fault
+from picotron.planner.faults import Fault, as_script
 from picotron.planner.prices import Price
 from picotron.planner.validators import FLAG, is_count, is_positive, must_be, one_of, shown
 from picotron.runtime.messages import Semantics
@@ -51,7 +52,7 @@ class World:
     price: Price | None = field(
         default=None, validator=must_be("None or a function", lambda v: v is None or callable(v))
     )
-    faults: tuple[Fault, ...] = field(default=(), converter=tuple)
+    faults: tuple[Fault, ...] = field(default=(), converter=as_script)
     preempt: float = field(default=0.0, validator=must_be("a chance from 0 to 1", _is_chance))
     patience_seconds: float | None = field(
         default=None,
@@ -63,6 +64,14 @@ class World:
     )
     device: torch.device = field(default=torch.device("cpu"), converter=_device)
     keep_events: bool = field(default=False, validator=FLAG)
+
+
+def make_world(settings: Mapping[str, Any]) -> World:
+    """The world of such ``settings``. Raises PlanError for a name or a value that means nothing."""
+    known = [f.name for f in fields(World)]
+    if unknown := [name for name in settings if name not in known]:
+        raise PlanError(f"a world takes {', '.join(known)}, got {', '.join(unknown)}")
+    return World(**settings)
 
 
 @frozen

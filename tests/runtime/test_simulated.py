@@ -701,9 +701,7 @@ def test_patience_is_a_time_out_on_the_virtual_clock() -> None:
         backend.barrier()
 
     simulate(program, 2, patience_seconds=11.0)
-    misused(
-        program, "rank 0, action barrier #0", "within 9 virtual seconds, this took 10", patience_seconds=9.0
-    )
+    misused(program, "rank 0, action barrier #0", "within 9 virtual seconds", patience_seconds=9.0)
 
 
 def test_a_debugger_in_a_rank_stops_the_world(tmp_path: Path) -> None:
