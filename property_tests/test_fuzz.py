@@ -146,7 +146,7 @@ def _changed(value: object, how: str) -> object:
             flat[0] ^= 1
         dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32}
         dtype = dtypes[value.element_size()] if how == "recast" else value.dtype
-        return flat.view(dtype).view(*value.shape, *([1] if how == "reshaped" else []))
+        return flat.view(dtype).view((*value.shape, *([1] if how == "reshaped" else [])))
     return value
 
 

@@ -34,13 +34,17 @@ class Collectives:
         if collective is None:
             collective = Collective(number=number, kind=str(part.agreed[0]), group=group)
             self._ledger.collectives[key] = collective
+        problem = collective.disagreement(rank, part)
         collective.parts[rank] = part
         collective.payload_bytes = max(collective.payload_bytes, payload_bytes)
-        if len(collective.parts) == group.size:
+        complete = len(collective.parts) == group.size
+        if complete:
             del self._ledger.collectives[key]
-            if collective.problem is None:
-                with unseen():
-                    self._complete(collective)
+        if problem is not None:
+            self._scheduler.fail(collective, problem, (rank, collective.describe(), part.place))
+        elif complete and collective.problem is None:
+            with unseen():
+                self._complete(collective)
         elif gone := self._ledger.vanished.keys() & group.ranks - collective.parts.keys():
             self._scheduler.fail(collective, self._ledger.vanished[min(gone)])
         return collective
@@ -53,8 +57,8 @@ class Collectives:
 
     def _complete(self, collective: Collective) -> None:
         kind, parts = collective.kind, collective.parts
-        problem, blamed = collective.disagreement(), None
-        if problem is None and (rank := _changed(collective)) is not None:
+        problem, blamed = None, None
+        if (rank := _changed(collective)) is not None:
             problem, blamed = CHANGED, (rank, collective.describe(), parts[rank].place)
         if problem is None and kind in ARITHMETIC:
             problem = ARITHMETIC[kind](collective.in_group_order())

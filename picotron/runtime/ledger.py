@@ -13,6 +13,8 @@ from picotron.runtime.backend import Group
 from picotron.runtime.guards import Guard
 from picotron.runtime.scheduler import Operation
 
+UNLIKE = "must post the same collective"
+
 Channel = tuple[int, int, str]  # sender, receiver, name
 
 
@@ -145,19 +147,16 @@ class Collective(Operation):
         """Every member's arguments."""
         return [self.parts[rank].arguments for rank in self.group.ranks]
 
-    def disagreement(self) -> str | None:
-        """Words for the first two members, in group order, whose parts are not of one collective."""
-        first_rank, *others = sorted(self.parts)
-        first = self.parts[first_rank]
-        for rank in others:
-            part = self.parts[rank]
-            if part.agreed != first.agreed:
-                told = "; ".join(
-                    f"rank {who} posted {' '.join(map(str, p.agreed))} ({p.place})"
-                    for who, p in ((first_rank, first), (rank, part))
-                )
-                return f"members of group {self.group} must post the same collective: {told}"
-        return None
+    def disagreement(self, rank: int, part: Part) -> str | None:
+        """Words for ``part`` and the first one posted, where they are no parts of one collective."""
+        first_rank, first = next(iter(self.parts.items()), (rank, part))
+        if part.agreed == first.agreed:
+            return None
+        told = "; ".join(
+            f"rank {who} posted {' '.join(map(str, p.agreed))} ({p.place})"
+            for who, p in ((first_rank, first), (rank, part))
+        )
+        return f"members of group {self.group} {UNLIKE}: {told}"
 
 
 @define(eq=False)
@@ -185,8 +184,7 @@ class Ledger:
             if not batch.begun
             for post in batch.posts
         ]
-        unlike = [collective.disagreement() for collective in self.collectives.values()]
-        found = sorted(f"unlike: {words}" for words in unlike if words is not None) + sorted(
+        found = sorted(
             f"unmatched: {post}"
             for post in dict.fromkeys([*waiting, *behind])
             if not post.waiting  # who waits is told of anyway

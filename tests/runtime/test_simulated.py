@@ -134,8 +134,7 @@ def test_collectives_must_agree(seed: int) -> None:
             backend.barrier()
         return told
 
-    for rank, (kinds, ops, dtypes, shapes) in enumerate(simulate(program, 3, seed=seed)):
-        assert f"rank {rank}, action" in kinds
+    for kinds, ops, dtypes, shapes in simulate(program, 3, seed=seed):
         assert "rank 1 posted broadcast from rank 0 torch.float32 [2]" in kinds
         assert "posted all_reduce sum torch.float32 [2]" in kinds
         assert "posted all_reduce max torch.float32 [2]" in ops
