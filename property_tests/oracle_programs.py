@@ -22,7 +22,7 @@ Part = tuple[int, int, int]  # rank, key, which end of a batch (0 for a collecti
 class Stuck:
     """A rank that never gets on: in what, and the ranks that would have to come.
 
-    ``held_up``: others than the operation's own ends, since one of these is posted but has not begun.
+    ``held_up``: it takes more than the operation's own ends to tell, since one is posted but has not begun.
     """
 
     operation: str
@@ -290,9 +290,8 @@ def _judge(state: _State) -> Verdict:
         if part in state.failed:
             complaints += [state.failed[part]] if state.failed[part] else []
         else:
-            absent = tuple(sorted(_needed(state, part)))
-            held_up = absent != tuple(sorted(_needed(state, part, other_ends=False)))
-            stuck[rank] = Stuck(describe(state, part), _place(state, part), absent, held_up)
+            absent, held_up = _needed(state, part)
+            stuck[rank] = Stuck(describe(state, part), _place(state, part), tuple(sorted(absent)), held_up)
     for (group, number), posted in state.groups.items():
         complaints += _disagreements(state, group, number, posted)
     unmatched = [
@@ -339,29 +338,28 @@ def _disagreements(state: _State, group: int, number: int, posted: dict[int, Pos
     ]
 
 
-def _needed(state: _State, part: Part, *, other_ends: bool = True) -> set[int]:
-    """The other ranks that must post something before ``part`` can be complete.
+def _needed(state: _State, part: Part) -> tuple[set[int], bool]:
+    """The other ranks that must post something before ``part`` can be complete; whether an end is held up.
 
-    Where none is to, since two ranks have posted in unlike orders, it is the other one of them. Without
-    ``other_ends``, a message's other end is needed even if it is posted, and only its batch has not begun.
+    Where none is to, since two ranks have posted in unlike orders, it is the other one of them.
     """
     post = _post(state, part)
     if isinstance(post.what, Collective):
         posted = state.groups[post.what.group, state.numbers[part]]
-        return set(state.program.members(post.what.group)) - set(posted)
+        return set(state.program.members(post.what.group)) - set(posted), False
     ends = _ends(state)
     behind, others = _behind(state, ends), _counterparts(ends)
-    found, seen, following = set(), {part}, [part]
+    found, seen, following, held_up = set(), {part}, [part], False
     while following:
         one = following.pop()
         ahead = behind.get(one, set())
-        if one not in behind and not (other_ends and one in others):
+        if one not in behind and one not in others:
             found.add(_end(state, one).peer)
         elif one not in behind and others[one] in behind:
-            ahead = {others[one]}
+            ahead, held_up = {others[one]}, True
         following += sorted(ahead - seen)
         seen |= ahead
-    return found - {part[0]} or {post.what[part[2]].peer}
+    return found - {part[0]} or {post.what[part[2]].peer}, held_up
 
 
 def _counterparts(ends: Sequence[tuple[Part, Post, End]]) -> dict[Part, Part]:

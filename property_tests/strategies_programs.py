@@ -168,26 +168,37 @@ def expected_outputs(program: Program) -> list[Outputs]:
 
 
 def run(backend: Backend, program: Program) -> Outputs:
-    """Do one rank's acts; what it got by each operation."""
+    """Do one rank's acts; what it got by each operation.
+
+    What it has brought to one it overwrites as soon as it has waited for it.
+    """
     groups = [backend.new_group(ranks, f"g{i}") for i, ranks in enumerate(program.groups)]
     handles: dict[int, Handle] = {}
+    brought: dict[int, list[torch.Tensor]] = {}
     outputs: dict[int, list[torch.Tensor]] = {}
     for row, act in enumerate(program.acts[backend.rank]):
         backend.at(0, row)
         if isinstance(act, Wait):
             handles[act.key].wait()
+            for tensor in brought[act.key]:
+                tensor.fill_(-2)
         elif isinstance(act, Call):
             outputs[act.key] = [act.function(backend, groups)]
         elif isinstance(act.what, Collective):
-            handle, outputs[act.key] = _collective(backend, groups, act.key, act.what)
+            handle, brought[act.key], outputs[act.key] = _collective(backend, groups, act.key, act.what)
             if handle is not None:
                 handles[act.key] = handle
         else:
-            handles[act.key], outputs[act.key] = _messages(backend, act.what)
+            handles[act.key], brought[act.key], outputs[act.key] = _messages(backend, act.what)
     return {key: [np.asarray(tensor) for tensor in got] for key, got in outputs.items()}
 
 
-def _messages(backend: Backend, ends: tuple[End, ...]) -> tuple[Handle, list[torch.Tensor]]:
+Posted = tuple[Handle | None, list[torch.Tensor], list[torch.Tensor]]  # with what is brought, and got
+
+
+def _messages(
+    backend: Backend, ends: tuple[End, ...]
+) -> tuple[Handle, list[torch.Tensor], list[torch.Tensor]]:
     tensors = [
         torch.from_numpy(content(end.number, backend.rank, end.rows, end.dtype))
         if end.kind == "send"
@@ -195,17 +206,16 @@ def _messages(backend: Backend, ends: tuple[End, ...]) -> tuple[Handle, list[tor
         for end in ends
     ]
     received = [tensor for end, tensor in zip(ends, tensors, strict=True) if end.kind == "recv"]
+    sent = [tensor for end, tensor in zip(ends, tensors, strict=True) if end.kind == "send"]
     if len(ends) == 1:
         (end,), (tensor,) = ends, tensors
         post = backend.send if end.kind == "send" else backend.recv
-        return post(tensor, end.peer, end.channel), received
+        return post(tensor, end.peer, end.channel), sent, received
     transfers = [Transfer(e.kind, t, e.peer, e.channel) for e, t in zip(ends, tensors, strict=True)]
-    return backend.batch(transfers), received
+    return backend.batch(transfers), sent, received
 
 
-def _collective(
-    backend: Backend, groups: Sequence[Group], key: int, what: Collective
-) -> tuple[Handle | None, list[torch.Tensor]]:
+def _collective(backend: Backend, groups: Sequence[Group], key: int, what: Collective) -> Posted:
     def tensor(num_rows: int) -> torch.Tensor:
         return torch.from_numpy(content(8 * key, backend.rank, num_rows, what.dtype))
 
@@ -214,30 +224,30 @@ def _collective(
 
     match what.kind:
         case "barrier":
-            return backend.barrier(), []
+            return backend.barrier(), [], []
         case "gather_objects":
-            return None, [torch.tensor(backend.gather_objects((key, backend.rank)))]
+            return None, [], [torch.tensor(backend.gather_objects((key, backend.rank)))]
         case "new_group":
             backend.new_group(range(backend.world_size), "late")
-            return None, []
+            return None, [], []
     group = groups[what.group]
     match what.kind:
         case "all_reduce":
             output = tensor(what.rows)
-            return backend.all_reduce(output, group, what.op), [output]
+            return backend.all_reduce(output, group, what.op), [], [output]
         case "broadcast":
             output = tensor(what.rows)
-            return backend.broadcast(output, group, what.source), [output]
+            return backend.broadcast(output, group, what.source), [], [output]
         case "all_gather":
-            output = empty(what.rows * group.size)
-            return backend.all_gather(output, tensor(what.rows), group), [output]
+            output, part = empty(what.rows * group.size), tensor(what.rows)
+            return backend.all_gather(output, part, group), [part], [output]
         case "reduce_scatter":
-            output = empty(what.rows)
-            return backend.reduce_scatter(output, tensor(what.rows * group.size), group, what.op), [output]
+            output, whole = empty(what.rows), tensor(what.rows * group.size)
+            return backend.reduce_scatter(output, whole, group, what.op), [whole], [output]
     sent = [_part_rows(backend.rank, r) for r in group.ranks]
     received = [_part_rows(r, backend.rank) for r in group.ranks]
-    output = empty(sum(received))
-    return backend.all_to_all(output, tensor(sum(sent)), group, received, sent), [output]
+    output, whole = empty(sum(received)), tensor(sum(sent))
+    return backend.all_to_all(output, whole, group, received, sent), [whole], [output]
 
 
 @frozen
@@ -298,13 +308,15 @@ def collectives(
 
 
 @st.composite
-def exchanges(draw: st.DrawFn, world_size: int, max_messages: int = 3) -> dict[int, What]:
+def exchanges(
+    draw: st.DrawFn, world_size: int, max_messages: int = 3, channels: Sequence[str] = CHANNELS
+) -> dict[int, What]:
     """Messages among any ranks; what one rank has of them is one batch."""
     parts: dict[int, list[End]] = {}
     for _ in range(draw(st.integers(1, max_messages))):
         sender = draw(st.integers(0, world_size - 1))
         receiver = (sender + draw(st.integers(1, world_size - 1))) % world_size
-        channel, dtype = draw(st.sampled_from(CHANNELS)), draw(st.sampled_from(("float64", "int64")))
+        channel, dtype = draw(st.sampled_from(channels)), draw(st.sampled_from(("float64", "int64")))
         num_rows = draw(st.integers(1, 2))
         number = sum(map(len, parts.values())) // 2
         parts.setdefault(sender, []).append(End("send", receiver, channel, num_rows, dtype, number))

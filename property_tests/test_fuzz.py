@@ -139,7 +139,7 @@ def _changed(value: object, how: str) -> object:
     if isinstance(value, Pair):
         return evolve(value, one=_changed(value.one, how))
     if isinstance(value, float):
-        return -value
+        return -value if how == "nudged" else float(np.nextafter(value, 1.0))
     if isinstance(value, torch.Tensor) and value.numel():
         flat = value.clone().view(-1).view(torch.uint8)
         if how == "nudged":

@@ -152,6 +152,7 @@ class Both:
     ("one", "other"),
     [
         (0.0, -0.0),
+        (0.1 + 0.2, 0.3),
         (1.0, 1),
         (1, True),
         ([1, 2], (1, 2)),
@@ -281,6 +282,26 @@ def test_other_seeds_are_other_runs_with_the_same_result() -> None:
     assert len({run.clock_seconds for run in found}) == 1
     assert len({repr(run.events) for run in found}) == 4
     assert len({repr(sorted(map(repr, run.events))) for run in found}) == 1
+
+
+def test_virtual_time_does_not_depend_on_who_goes_first() -> None:
+    """Ranks compute for unlike times between collectives and messages that take time themselves."""
+
+    def program(backend: Backend) -> list[float]:
+        group, times, size = backend.new_group(range(4)), [], backend.world_size
+        for number in range(4):
+            backend.spend((backend.rank * 5 + number * 3) % 7)
+            handle = backend.recv(torch.zeros(1), (backend.rank - 1) % size)
+            sent = backend.send(torch.zeros(1), (backend.rank + 1) % size)
+            backend.spend((backend.rank * 3 + number) % 5)
+            reduced = backend.all_reduce(torch.zeros(1), group)
+            for one in (handle, sent, reduced):
+                one.wait()
+                times.append(backend.mark())
+        return times
+
+    for semantics in ("buffered", "rendezvous", "batched"):
+        fuzz(program, 4, semantics=semantics, price=lambda kind, group, ranks, size: 0.7).check()
 
 
 def test_events_are_what_ranks_did() -> None:
