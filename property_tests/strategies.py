@@ -6,10 +6,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from picotron.planner.actions import Action, Phase
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import SCHEDULES, Action, Phase, Schedule, make_schedule
+from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.topology import AXES, Topology
 from picotron.planner.workload import Workload

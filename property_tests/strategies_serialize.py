@@ -8,9 +8,10 @@ from attrs import evolve
 from hypothesis import strategies as st
 
 from picotron.errors import PlanError
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
+from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES

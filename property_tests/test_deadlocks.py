@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picotron.errors import ExecutionError, PlanError
+from picotron.planner.actions import Action, Phase
 from picotron.planner.faults import Drop
-from picotron.planner.pipeline import Action, Phase, Schedule
+from picotron.planner.pipeline import Schedule
 from picotron.runtime.messages import SEMANTICS, Semantics
 from picotron.runtime.simulated import simulation
 from picotron.runtime.world import Simulation, World

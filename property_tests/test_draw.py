@@ -8,6 +8,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.chart import (
     column_activities,
     compute_bars,
@@ -22,7 +23,7 @@ from picotron.planner.cost import SegmentCost, StageCost
 from picotron.planner.draw import WIDTH, draw_grid, draw_memory, draw_plan, draw_schedule, draw_timeline
 from picotron.planner.draw_svg import schedule_svg
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule
+from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import rows

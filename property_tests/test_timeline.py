@@ -24,10 +24,11 @@ from picotron.planner import lanes
 from picotron.planner.clock import Operation, advance
 from picotron.planner.cost import SegmentCost, StageCost
 from picotron.planner.faults import Fault, Pause, Slow
-from picotron.planner.pipeline import Schedule, afab, one_f_one_b
+from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import predict
 from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, lower, rows
+from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.simulate import (
     Durations,
     SimulatedStep,

@@ -18,8 +18,9 @@ from picotron import cli
 from picotron.cli.common import command
 from picotron.cli.plan import PLAN_FLAGS, WORKLOAD_HELP
 from picotron.errors import ExecutionError, PlanError
-from picotron.planner.pipeline import one_f_one_b, schedule_to_csv
+from picotron.planner.pipeline import schedule_to_csv
 from picotron.planner.plan import plan
+from picotron.planner.schedules import one_f_one_b
 from picotron.planner.serialize import fingerprint, load_plan
 from picotron.planner.workload import Workload
 

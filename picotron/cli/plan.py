@@ -18,9 +18,10 @@ from picotron.cli.common import (
     write_out,
     write_result,
 )
+from picotron.planner.catalogue import SCHEDULES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv
+from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.plan import plan
 from picotron.planner.serialize import plan_to_json
 from picotron.planner.workload import Workload

@@ -8,8 +8,9 @@ from typing import Any
 from picotron.cli.common import STANDARD, Subparsers, command, write_json, write_out, write_result
 from picotron.cli.plan import read_schedule
 from picotron.errors import PlanError
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.draw import draw_schedule
-from picotron.planner.pipeline import SCHEDULES, Schedule, make_schedule, peak_microbatches, schedule_to_csv
+from picotron.planner.pipeline import Schedule, peak_microbatches, schedule_to_csv
 from picotron.planner.serialize import schedule_digest
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from attrs import evolve, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.pipeline import Action, Phase, Schedule
+from picotron.planner.actions import Action, Phase
+from picotron.planner.pipeline import Schedule
 from picotron.planner.program import Kind, Row
 from picotron.planner.timeline import Timeline
 

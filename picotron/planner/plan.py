@@ -13,20 +13,15 @@ from attrs import Attribute, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.body import Body, Dims, dims
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
 from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
 from picotron.planner.model import ModelSpec, Segment, segments
-from picotron.planner.pipeline import (
-    MAX_ACTIONS,
-    SCHEDULES,
-    Schedule,
-    make_schedule,
-    schedule_from_csv,
-    stage_split,
-)
+from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.program import Program, lower
+from picotron.planner.split import stage_split
 from picotron.planner.stage import backward_body, forward_body
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
@@ -34,6 +29,7 @@ from picotron.planner.validators import are_words, as_tuple, is_size, must_be, w
 from picotron.planner.workload import FORMATS, Format, Workload
 
 SCHEMA_VERSION = 1
+MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
 
 
 def _layers(value: Iterable[int]) -> tuple[int, ...]:

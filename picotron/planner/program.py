@@ -16,8 +16,9 @@ import numpy as np
 from attrs import cmp_using, field, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.actions import Action, Phase
 from picotron.planner.data import Bucket
-from picotron.planner.pipeline import Action, Phase, Schedule
+from picotron.planner.pipeline import Schedule
 
 
 class Kind(IntEnum):

@@ -19,7 +19,8 @@ from attrs import fields, frozen, has
 from cattrs import Converter
 
 from picotron.errors import PlanError
-from picotron.planner.pipeline import SCHEDULES, Schedule, schedule_from_csv, schedule_to_csv
+from picotron.planner.catalogue import SCHEDULES
+from picotron.planner.pipeline import Schedule, schedule_from_csv, schedule_to_csv
 from picotron.planner.plan import SCHEMA_VERSION, TrainingPlan
 from picotron.planner.records import read_json, read_text, strict_converter, structured, write_text
 from picotron.planner.validators import shown

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from attrs import cmp_using, field, frozen
 
+from picotron.planner.actions import Phase
 from picotron.planner.clock import Operation, advance
 from picotron.planner.cost import StageCost
-from picotron.planner.pipeline import Phase, Schedule
+from picotron.planner.pipeline import Schedule
 from picotron.planner.program import Row
 
 STREAMS = ("compute", "send", "receive", "collective")

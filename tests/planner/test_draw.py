@@ -34,10 +34,11 @@ from picotron.planner.draw import (
 )
 from picotron.planner.draw_svg import schedule_svg, timeline_svg
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import afab, one_f_one_b, schedule_from_csv
+from picotron.planner.pipeline import schedule_from_csv
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import Kind, Row, rows
+from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.timeline import Timeline, make_timeline
 from picotron.planner.workload import Workload
 

@@ -8,21 +8,13 @@ from typing import Any
 import pytest
 
 from picotron.errors import PlanError
-from picotron.planner.pipeline import (
-    SCHEDULES,
-    Action,
-    Phase,
-    Schedule,
-    afab,
-    make_schedule,
-    one_f_one_b,
-    parse_action,
-    peak_microbatches,
-    schedule_from_csv,
-    schedule_to_csv,
-    stage_split,
-)
+from picotron.planner.actions import Action, Phase, parse_action
+from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.pipeline import Schedule, peak_microbatches, schedule_from_csv, schedule_to_csv
+from picotron.planner.schedules import afab, one_f_one_b
+from picotron.planner.split import stage_split
 
+COMPLETE = "must run an F and a B, or an F, an I and a W, of each microbatch on each of its stages"
 FIGURE = """\
 0F0,0F1,0F2,0F3,0B0,0F4,0B1,0F5,0B2,0F6,0B3,0F7,0B4,0B5,0B6,0B7
 1F0,1F1,1F2,1B0,1F3,1B1,1F4,1B2,1F5,1B3,1F6,1B4,1F7,1B5,1B6,1B7
@@ -64,7 +56,7 @@ def test_actions_print_and_parse() -> None:
     assert parse_action(" 12B7 ") == action
 
 
-@pytest.mark.parametrize("text", ["", "F0", "0F", "0X0", "0F0,", "-1F0", "0f0", "0I0"])
+@pytest.mark.parametrize("text", ["", "F0", "0F", "0X0", "0F0,", "-1F0", "0f0", "0Z0", "9999999999F0"])
 def test_what_is_no_action_is_refused(text: str) -> None:
     """The message shows what an action looks like."""
     with pytest.raises(PlanError, match=r"an action must look like 2F0 .*got"):
@@ -148,8 +140,14 @@ def _schedule(*lines: str, num_microbatches: int = 1, stage_ranks: tuple[int, ..
         (("0F0 0B0 0F1 0B1",), "rank 0, position 2, action 0F1: microbatch must be in [0, 1)"),
         (("0F0 0F0",), "rank 0, position 1, action 0F0: each action runs once"),
         (("0B0 0F0",), "rank 0, position 0, action 0B0: backward needs 0F0 before it"),
-        (("0F0",), "rank 0 must run 2 actions (an F and a B each), got 1"),
-        (("0F0 0B0", "1F0"), "rank 1 must run 2 actions (an F and a B each), got 1"),
+        (("0F0",), f"rank 0 {COMPLETE}: 0B0 is missing"),
+        (("0F0 0I0",), f"rank 0 {COMPLETE}: 0W0 is missing"),
+        (("0F0 0B0", "1F0"), f"rank 1 {COMPLETE}: 1B0 is missing"),
+        (("0F0 0W0 0I0",), "rank 0, position 1, action 0W0: the weight gradient needs 0I0 before it"),
+        (
+            ("0F0 0I0 0B0 0W0",),
+            "rank 0, position 2, action 0B0: backward is one B, or an I and a W, not both",
+        ),
     ],
 )
 def test_schedules_that_are_not_complete_and_in_order_are_refused(
@@ -179,7 +177,7 @@ def test_two_stages_on_a_rank_are_a_schedule() -> None:
     ("text", "message"),
     [
         ("", "a schedule needs at least one action, got an empty text"),
-        ("0F0,oops\n", "line 1: an action must look like 2F0 (stage, F or B, microbatch), got 'oops'"),
+        ("0F0,oops\n", "line 1: an action must look like 2F0 (stage, F, B, I or W, microbatch), got 'oops'"),
         ("0F0,0B0\n2F0,2B0\n", "stages must be numbered from 0 without gaps, got [0, 2]"),
     ],
 )

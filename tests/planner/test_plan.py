@@ -11,8 +11,9 @@ import pytest
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import one_f_one_b, schedule_from_csv
+from picotron.planner.pipeline import schedule_from_csv
 from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.schedules import one_f_one_b
 from picotron.planner.topology import Coordinate
 from picotron.planner.workload import Workload
 

@@ -8,7 +8,7 @@ import pytest
 
 from picotron.errors import PlanError
 from picotron.planner.data import Bucket
-from picotron.planner.pipeline import Schedule, afab, one_f_one_b, schedule_from_csv
+from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.program import (
     Kind,
     Program,
@@ -20,6 +20,7 @@ from picotron.planner.program import (
     payload_bytes,
     rows,
 )
+from picotron.planner.schedules import afab, one_f_one_b
 
 
 def _bucket(stage: int, index: int, partial: tuple[str, ...], ready: int) -> Bucket:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from picotron.errors import PlanError
+from picotron.planner.catalogue import make_schedule
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.data import Bucket
-from picotron.planner.pipeline import Schedule, afab, make_schedule, one_f_one_b, schedule_from_csv
+from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.program import Kind, Program, Row, lower, rows
+from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.simulate import Durations, simulate_program
 from picotron.planner.timeline import STREAMS, Timeline, bubble_seconds, chrome_trace, make_timeline
 
