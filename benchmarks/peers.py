@@ -1,17 +1,22 @@
 """Plain PyTorch, as a good practitioner would write it: what Picotron's runtime is measured against.
 
 A Llama decoder of stock modules trained by autograd, fused attention and fused AdamW, alone, data parallel
-under DDP or tensor parallel by three autograd functions. Parameters bear their Hugging Face names, so that
-both sides start from the same weights. Nothing of Picotron's runtime is used but its first weights and its
-memory tracker, which watches both sides.
+under DDP, tensor parallel by three autograd functions, or cut into stages that torch's own pipeline runtime
+walks by any schedule that it can read. Parameters bear their Hugging Face names, so that both sides start
+from the same weights. Nothing of Picotron's runtime is used but its first weights and its memory tracker,
+which watches both sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from attrs import evolve
@@ -20,10 +25,11 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention, sil
 from torch.nn.parallel import DistributedDataParallel
 
 from picotron.planner.model import ModelSpec
+from picotron.planner.pipeline import Schedule, schedule_to_csv
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.workload import Workload
 from picotron.runtime.data import HostBatch
-from picotron.runtime.layout import initial_weights
+from picotron.runtime.layout import DTYPES, WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker
 
 
@@ -98,7 +104,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        frequencies = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2) / spec.head_dim)
+        frequencies = 1.0 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2) / spec.head_dim)
         angles = torch.outer(torch.arange(seq_len), frequencies)
         self.register_buffer("cosine", angles.cos(), persistent=False)
         self.register_buffer("sine", angles.sin(), persistent=False)
@@ -125,9 +131,10 @@ class Llama(nn.Module):
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def llama(plan: TrainingPlan) -> Llama:
-    """The plan's model with the plan's first weights."""
-    module, draw = Llama(plan.model, plan.workload.seq_len), initial_weights(plan)
+def llama(plan: TrainingPlan, draw: WeightSource | None = None) -> Llama:
+    """The plan's model with weights that ``draw`` gives, else with the plan's first ones."""
+    module, draw = Llama(plan.model, plan.workload.seq_len), draw or initial_weights(plan)
+    module.to(DTYPES[plan.workload.precision])
     module.load_state_dict({placement.name: draw(placement) for placement in plan.layout})
     return module
 
@@ -149,10 +156,10 @@ class PlainTrainer:
         self.module: nn.Module = self._wrapped(module)
         self.optimizer = adamw(module, plan.workload)
 
-    def _made(self, plan: TrainingPlan) -> Llama:
+    def _made(self, plan: TrainingPlan) -> nn.Module:
         return llama(plan)
 
-    def _wrapped(self, module: Llama) -> nn.Module:
+    def _wrapped(self, module: nn.Module) -> nn.Module:
         return module
 
     def _backward_scope(self, *, last: bool) -> AbstractContextManager[object]:
@@ -199,7 +206,7 @@ class DdpTrainer(PlainTrainer):
             dist.init_process_group("gloo")
         super().__init__(plan)
 
-    def _wrapped(self, module: Llama) -> nn.Module:
+    def _wrapped(self, module: nn.Module) -> nn.Module:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def _backward_scope(self, *, last: bool) -> AbstractContextManager[object]:
@@ -286,3 +293,107 @@ class TensorParallelTrainer(PlainTrainer):
             block.register_forward_hook(lambda _, given, out: Summed.apply(out))
         module.lm_head.register_forward_hook(lambda _, given, out: Gathered.apply(out))
         return module
+
+
+class Stage(nn.Module):
+    """Consecutive ``layers`` of a Llama by their Hugging Face names: hidden states in, hidden states out.
+
+    The first stage takes ids, the last gives logits.
+    """
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    def __init__(self, whole: Llama, layers: range) -> None:
+        super().__init__()
+        decoder = whole.model
+        self.model = nn.ModuleDict({"layers": nn.ModuleDict({str(i): decoder.layers[i] for i in layers})})
+        if layers.start == 0:
+            self.model["embed_tokens"] = decoder.embed_tokens
+        if layers.stop == len(decoder.layers):
+            self.model["norm"], self.lm_head = decoder.norm, whole.lm_head
+        self.register_buffer("cosine", decoder.cosine, persistent=False)
+        self.register_buffer("sine", decoder.sine, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [batch, s] of ids, else [batch, s, hidden]."""
+        if "embed_tokens" in self.model:
+            x = self.model["embed_tokens"](x)
+        for layer in self.model["layers"].values():
+            x = layer(x, self.cosine, self.sine)
+        return self.lm_head(self.model["norm"](x)) if "norm" in self.model else x
+
+
+def stages(whole: Llama, stage_layers: Sequence[int]) -> list[Stage]:
+    """``whole`` cut into stages of so many layers each, which share its parameters."""
+    ends = list(accumulate(stage_layers))
+    return [Stage(whole, range(end - num, end)) for end, num in zip(ends, stage_layers, strict=True)]
+
+
+def pipeline_runtime(
+    schedule: Schedule,
+    own: Mapping[int, nn.Module],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+) -> Any:
+    """Torch's own pipeline runtime, ready to walk ``schedule`` as it reads it from a file.
+
+    ``own`` are this rank's stages; ``loss`` is of one microbatch, and gradients add up over the microbatches.
+    """
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
+    device = torch.device("cpu")
+    parts = [
+        PipelineStage(module, stage, schedule.num_stages, device, group=group)
+        for stage, module in sorted(own.items())
+    ]
+    runtime = _PipelineScheduleRuntime(parts, schedule.num_microbatches, loss_fn=loss, scale_grads=False)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "schedule.csv"
+        path.write_text(schedule_to_csv(schedule), encoding="utf-8")
+        runtime._load_csv(str(path), format="compute_only")
+    return runtime
+
+
+class PipelineTrainer(PlainTrainer):
+    """One rank of torch's pipeline runtime over gloo, with the plan's own stages and schedule."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        self.own = plan.rank_stages(dist.get_rank())
+        super().__init__(plan)
+        num_microbatches = plan.num_microbatches
+
+        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(logits.flatten(0, 1), targets.flatten()) / num_microbatches
+
+        assert isinstance(self.module, nn.ModuleList)
+        own = dict(zip(self.own, self.module, strict=True))
+        self.runtime = pipeline_runtime(plan.schedule, own, loss)
+        self.first, self.last = 0 in self.own, plan.num_stages - 1 in self.own
+
+    def _made(self, plan: TrainingPlan) -> nn.Module:
+        every = stages(llama(plan), plan.stage_layers)
+        return nn.ModuleList([every[stage] for stage in self.own])
+
+    def step(self, batches: Sequence[HostBatch]) -> float:
+        """The mean loss of one step, which every rank is told."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[torch.Tensor] = []
+        self.runtime.step(
+            *([_stacked([batch.ids for batch in batches])] if self.first else []),
+            target=_stacked([batch.targets for batch in batches]) if self.last else None,
+            losses=losses,
+            return_outputs=False,
+        )
+        self.optimizer.step()
+        total = torch.tensor(float(sum(loss.item() for loss in losses)))
+        dist.all_reduce(total)
+        return total.item()
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """One batch of all microbatches, which the runtime cuts again."""
+    return torch.from_numpy(np.concatenate(arrays))

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from attrs import asdict, field, frozen
-from peers import DdpTrainer, PlainTrainer, TensorParallelTrainer
+from peers import DdpTrainer, PipelineTrainer, PlainTrainer, TensorParallelTrainer
 
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
@@ -63,6 +63,7 @@ _ENGINE_NAMES = {
     "ddp": "DDP",
     "threaded-ddp": "DDP, threads of one process",
     "threaded-tp": "PyTorch tensor parallel, threads of one process",
+    "torch-pipeline": "torch.distributed.pipelining",
 }
 
 
@@ -87,8 +88,10 @@ class Side:
         engine = _ENGINE_NAMES.get(self.engine, f"Picotron, {self.engine}")
         degrees = " ".join(f"{axis}{n}" for axis in ("dp", "pp", "tp") if (n := self.parallel.get(axis)))
         sequence = ", sequence parallel" if self.parallel.get("sequence_parallel") else ""
+        schedule = f" {name}" if (name := self.parallel.get("schedule")) else ""
         return (
-            f"{engine}{' ' if degrees else ''}{degrees}{sequence}, microbatch {self.parallel['micro_batch']}"
+            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}, "
+            f"microbatch {self.parallel['micro_batch']}"
         )
 
 
@@ -237,8 +240,9 @@ def alone(value: object) -> list[Any]:
 
 
 def serve_peer(kind: type[PlainTrainer], made: TrainingPlan, connection: Connection) -> None:
-    """A process of plain PyTorch or of DDP."""
-    serve(connection, kind(made), rank_batches(made, int(os.environ["RANK"])), True, alone)
+    """A process of plain PyTorch, of DDP or of its pipeline."""
+    dp_index = int(os.environ["RANK"]) if made.topology.dp > 1 else 0
+    serve(connection, kind(made), rank_batches(made, dp_index), True, alone)
 
 
 def serve_threads(kind: type[PlainTrainer], made: TrainingPlan, connection: Connection) -> None:
@@ -300,6 +304,7 @@ ENGINES: dict[str, Callable[[TrainingPlan, Connection], None]] = {
     "ddp": partial(serve_peer, DdpTrainer),
     "threaded-ddp": partial(serve_threads, DdpTrainer),
     "threaded-tp": partial(serve_threads, TensorParallelTrainer),
+    "torch-pipeline": partial(serve_peer, PipelineTrainer),
     "gloo": serve_gloo,
     "simulated": serve_simulated,
 }
@@ -479,7 +484,7 @@ def _names(known: Mapping[str, object], text: str) -> tuple[str, ...]:
     return names
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
@@ -493,9 +498,9 @@ def parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", choices=cases, default="W", help="what is trained (default: %(default)s)")
-    made.add_argument("--rounds", type=_count, default=9, help="turns of each side (default: %(default)s)")
+    made.add_argument("--rounds", type=count, default=9, help="turns of each side (default: %(default)s)")
     made.add_argument(
-        "--steps-per-round", type=_count, default=steps, help="steps in a turn (default: %(default)s)"
+        "--steps-per-round", type=count, default=steps, help="steps in a turn (default: %(default)s)"
     )
     made.add_argument(
         "--rows",

@@ -112,13 +112,13 @@ def measure(name: str, case: Case, *, rounds: int, steps: int) -> Result:
         last = [each.obey(Command(1, measured=True)) for each in (ours, peer)]
     tokens = case.global_batch * case.seq_len
     sides = [
-        _measured(side, [*reports, end], tokens)
+        measured_side(side, [*reports, end], tokens)
         for side, reports, end in zip((row.ours, row.peer), taken, last, strict=True)
     ]
     return compared(name, *sides)
 
 
-def _measured(side: Side, reports: Sequence[Reports], tokens: int) -> Measured:
+def measured_side(side: Side, reports: Sequence[Reports], tokens: int) -> Measured:
     """From every process's reports of warm-up, rounds and measured step."""
     timed, last = reports[1:-1], reports[-1]
     cpu = tuple(map(cpu_seconds, timed))

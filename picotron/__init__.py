@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from picotron.errors import ExecutionError, PlanError
+    from picotron.planner.catalogue import make_schedule
+    from picotron.planner.check import check
     from picotron.planner.cluster import ClusterSpec
     from picotron.planner.model import ModelSpec
+    from picotron.planner.optimise import OptimisedSchedule, optimise
     from picotron.planner.pipeline import Schedule
     from picotron.planner.plan import TrainingPlan, plan
     from picotron.planner.predict import Prediction, predict
+    from picotron.planner.schedule_memory import ScheduleMemory
+    from picotron.planner.schedule_times import PipelineCosts
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
     from picotron.planner.simulate import simulate_step
     from picotron.planner.topology import Topology
@@ -30,15 +35,21 @@ __all__ = [
     "Difference",
     "ExecutionError",
     "ModelSpec",
+    "OptimisedSchedule",
+    "PipelineCosts",
     "PlanError",
     "Prediction",
     "Schedule",
+    "ScheduleMemory",
     "Topology",
     "TrainingPlan",
     "Workload",
+    "check",
     "diff",
     "fingerprint",
     "load_plan",
+    "make_schedule",
+    "optimise",
     "plan",
     "predict",
     "save_plan",
@@ -52,15 +63,21 @@ _PLANNER = {
     "Difference": "picotron.planner.serialize",
     "ExecutionError": "picotron.errors",
     "ModelSpec": "picotron.planner.model",
+    "OptimisedSchedule": "picotron.planner.optimise",
+    "PipelineCosts": "picotron.planner.schedule_times",
     "PlanError": "picotron.errors",
     "Prediction": "picotron.planner.predict",
     "Schedule": "picotron.planner.pipeline",
+    "ScheduleMemory": "picotron.planner.schedule_memory",
     "Topology": "picotron.planner.topology",
     "TrainingPlan": "picotron.planner.plan",
     "Workload": "picotron.planner.workload",
+    "check": "picotron.planner.check",
     "diff": "picotron.planner.serialize",
     "fingerprint": "picotron.planner.serialize",
     "load_plan": "picotron.planner.serialize",
+    "make_schedule": "picotron.planner.catalogue",
+    "optimise": "picotron.planner.optimise",
     "plan": "picotron.planner.plan",
     "predict": "picotron.planner.predict",
     "save_plan": "picotron.planner.serialize",

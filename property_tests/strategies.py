@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
 from hypothesis import strategies as st
 
 from picotron.planner.actions import Action, Phase
-from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.catalogue import DEFAULT_VIRTUAL_STAGES, SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
+from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import Schedule
+from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.topology import AXES, Topology
 from picotron.planner.workload import Workload
@@ -35,50 +37,73 @@ def topologies(draw: st.DrawFn, max_degree: int = 4) -> Topology:
     return Topology(**sizes, ep=ep, etp=etp, order=tuple(draw(st.permutations(AXES))))
 
 
+SINGLE = tuple(name for name, row in SCHEDULES.items() if not row.bidirectional)  # one copy of a stage
+
+
+def stages_a_rank(name: str, limit: int) -> list[int]:
+    """How many stages a rank the schedule of that name may have, up to ``limit``."""
+    taken = SCHEDULES[name].virtual_stages
+    return [count for count in range(1, limit + 1) if taken in ("any", count)]
+
+
 @st.composite
 def schedules(draw: st.DrawFn, max_ranks: int = 4, max_microbatches: int = 8) -> Schedule:
-    """One of the schedules that have a name."""
-    name = draw(st.sampled_from(sorted(SCHEDULES)))
-    return make_schedule(name, draw(st.integers(1, max_ranks)), draw(st.integers(1, max_microbatches)))
+    """One of the schedules that have a name, each stage on one rank; two or three stages a rank at most."""
+    name = draw(st.sampled_from(SINGLE))
+    ranks, microbatches = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_microbatches))
+    return make_schedule(name, ranks, microbatches, draw(st.sampled_from(stages_a_rank(name, 3))))
 
 
 @st.composite
 def interleavings(
-    draw: st.DrawFn, max_ranks: int = 3, max_chunks: int = 2, max_microbatches: int = 4
+    draw: st.DrawFn,
+    max_ranks: int = 3,
+    max_chunks: int = 2,
+    max_microbatches: int = 4,
+    *,
+    num_ranks: int | None = None,
+    num_microbatches: int | None = None,
 ) -> Schedule:
     """Any valid schedule, in some order that one worker could run; its ranks may still wait in a circle.
 
-    Stages go round the ranks, ``max_chunks`` a rank at most. In half of the schedules microbatches keep their
-    order in each stage and phase.
+    Stages, ``max_chunks`` a rank at most, go round the ranks or, two a rank, up them and back. Backward is
+    full, split or now this and now that. In half of the schedules microbatches keep their order in each stage
+    and direction.
     """
-    num_ranks, chunks = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_chunks))
-    num_microbatches = draw(st.integers(1, max_microbatches))
-    num_stages = num_ranks * chunks
-    orders: list[list[Action]] = [[] for _ in range(num_ranks)]
-    ready = [Action(0, Phase.FORWARD, index) for index in range(num_microbatches)]
+    p = num_ranks or draw(st.integers(1, max_ranks))
+    m = num_microbatches or draw(st.integers(1, max_microbatches))
+    chunks = draw(st.integers(1, max_chunks))
+    stage_ranks = v_ranks(p) if chunks == 2 and draw(st.booleans()) else loop_ranks(p, chunks)
+    backwards = draw(st.sampled_from([[Phase.BACKWARD], [Phase.INPUT], [Phase.BACKWARD, Phase.INPUT]]))
+    orders: list[list[Action]] = [[] for _ in range(p)]
+    ready = [Action(0, Phase.FORWARD, index) for index in range(m)]
     in_order = draw(st.booleans())
     while ready:
-        firsts = {(action.stage, action.phase): action for action in sorted(ready, reverse=True)}
+        firsts = {(action.stage, _direction(action)): action for action in sorted(ready, key=_latest_first)}
         action = draw(st.sampled_from(sorted(firsts.values()) if in_order else ready))
         ready.remove(action)
-        orders[action.stage % num_ranks].append(action)
-        ready += _next(action, num_stages)
-    return Schedule(
-        name="drawn",
-        num_microbatches=num_microbatches,
-        stage_ranks=tuple(stage % num_ranks for stage in range(num_stages)),
-        orders=tuple(map(tuple, orders)),
-    )
+        orders[stage_ranks[action.stage]].append(action)
+        ready += _next(action, len(stage_ranks), draw(st.sampled_from(backwards)))
+    return Schedule(name="drawn", num_microbatches=m, stage_ranks=stage_ranks, orders=orders)
 
 
-def _next(action: Action, num_stages: int) -> list[Action]:
-    """What one microbatch does after ``action``: up through the stages, then down."""
+def _direction(action: Action) -> Phase:
+    return Phase.BACKWARD if action.phase is Phase.INPUT else action.phase
+
+
+def _latest_first(action: Action) -> int:
+    return -action.microbatch
+
+
+def _next(action: Action, num_stages: int, backward: Phase) -> list[Action]:
+    """What one microbatch does after ``action``: up through the stages, then down; a W whenever it likes."""
     stage, phase, microbatch = action.stage, action.phase, action.microbatch
     if phase is Phase.FORWARD and stage + 1 < num_stages:
         return [Action(stage + 1, Phase.FORWARD, microbatch)]
     if phase is Phase.FORWARD:
-        return [Action(stage, Phase.BACKWARD, microbatch)]
-    return [Action(stage - 1, Phase.BACKWARD, microbatch)] if stage else []
+        return [Action(stage, backward, microbatch)]
+    down = [Action(stage - 1, backward, microbatch)] if stage and phase is not Phase.WEIGHT else []
+    return [*down, Action(stage, Phase.WEIGHT, microbatch)] if phase is Phase.INPUT else down
 
 
 @st.composite
@@ -188,6 +213,7 @@ def requests(
     seq_len = cp * draw(st.integers(1, 6))
     can_cut = tp > 1 and micro_batch * seq_len // cp % tp == 0
     ep, etp = draw(_expert_degrees(model, dp * cp * tp))
+    schedule, virtual_stages = draw(plannable(pp, num_microbatches, model.num_layers))
     work = Workload(
         global_batch=dp * micro_batch * num_microbatches,
         seq_len=seq_len,
@@ -202,12 +228,38 @@ def requests(
         "ep": ep,
         "etp": etp,
         "order": tuple(draw(st.permutations(AXES))),
-        "schedule": draw(st.sampled_from(sorted(SCHEDULES)) | warmups(pp, num_microbatches)),
+        "schedule": schedule,
+        "virtual_stages": draw(st.sampled_from([virtual_stages, *_left_out(schedule, virtual_stages)])),
         "micro_batch": micro_batch,
         "sequence_parallel": draw(st.sampled_from([None, False, True] if can_cut else [None, False])),
         "bucket_bytes": draw(st.sampled_from([1, 300, 2000, 2**30])),
     }
     return (model, draw(_clusters(pp * dp * cp * tp)), work), asked
+
+
+@st.composite
+def plannable(draw: st.DrawFn, pp: int, num_microbatches: int, num_layers: int) -> tuple[str | Schedule, int]:
+    """What a plan's schedule may be, and its stages a rank: a name, or orders of one's own."""
+    most = num_layers // pp
+    names = [(name, count) for name in SINGLE for count in stages_a_rank(name, min(most, 3))]
+    own = warmups(pp, num_microbatches) | interleavings(
+        max_chunks=min(most, 2), num_ranks=pp, num_microbatches=num_microbatches
+    )
+    return draw(st.sampled_from(names) | own.map(lambda made: (made, made.num_stages // made.num_ranks)))
+
+
+def _left_out(schedule: str | Schedule, virtual_stages: int) -> list[None]:
+    """[None] where stages a rank may be left out: they are those of the schedule itself."""
+    taken = SCHEDULES[schedule].virtual_stages if isinstance(schedule, str) else virtual_stages
+    return [None] if virtual_stages == (DEFAULT_VIRTUAL_STAGES if taken == "any" else taken) else []
+
+
+def one_stage_a_rank(made: TrainingPlan, name: str) -> TrainingPlan:
+    """The plan with a schedule that has one stage a rank, whatever it had."""
+    layers = [stop - start for start, stop in even_ranges(made.model.num_layers, made.topology.pp)]
+    return evolve(
+        made, schedule_name=name, schedule_csv=None, virtual_stages=1, stage_layers=tuple(layers), chosen=()
+    )
 
 
 def plans(max_ranks: int = 8, families: tuple[str, ...] = DENSE) -> st.SearchStrategy[TrainingPlan]:
@@ -239,7 +291,7 @@ def quarters(maximum: int = 40) -> st.SearchStrategy[float]:
 
 @st.composite
 def stage_costs(draw: st.DrawFn, num_segments: int, update_seconds: float) -> StageCost:
-    """Any seconds for each of ``num_segments`` segments, with up to two collectives in each."""
+    """Any seconds for each of ``num_segments`` segments, up to two collectives in each; an F takes some."""
     collective = st.builds(
         CollectiveCost,
         kind=st.just("all_reduce"),
@@ -255,4 +307,19 @@ def stage_costs(draw: st.DrawFn, num_segments: int, update_seconds: float) -> St
         )
     )
     several = st.lists(segment, min_size=num_segments, max_size=num_segments).map(tuple)
-    return StageCost(forward=draw(several), backward=draw(several), update_seconds=update_seconds)
+    forward, backward_input, backward_weight = draw(several), draw(several), draw(several)
+    return StageCost(
+        forward=(joined_costs(SegmentCost(compute=(0.25,)), forward[0]), *forward[1:]),
+        backward=tuple(map(joined_costs, backward_input, backward_weight)),
+        backward_input=backward_input,
+        backward_weight=backward_weight,
+        update_seconds=update_seconds,
+    )
+
+
+def joined_costs(first: SegmentCost, then: SegmentCost) -> SegmentCost:
+    """One segment that does what two do, one after the other."""
+    return SegmentCost(
+        compute=(*first.compute[:-1], first.compute[-1] + then.compute[0], *then.compute[1:]),
+        collectives=first.collectives + then.collectives,
+    )

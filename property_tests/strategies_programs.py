@@ -21,6 +21,7 @@ from picotron.planner.pipeline import Schedule
 from picotron.planner.program import RECEIVES, SENDS, Kind, Row, lower, rows
 from picotron.runtime.backend import Backend, Group, Handle, Transfer
 from picotron.runtime.messages import Semantics
+from picotron.runtime.pipeline import channel_name
 
 CONTROL = -1  # the index of the world's own communicator
 BLOCKING = ("barrier", "gather_objects", "new_group")
@@ -425,7 +426,7 @@ def from_rows(own: Sequence[Sequence[Row]], *, dp: int, matched: bool) -> Progra
             sender_stage = row.stage if row.kind in SENDS else row.stage + (-1 if forward else 1)
             number = 2 * (100 * sender_stage + row.microbatch) + forward
             kind: Literal["send", "recv"] = "send" if row.kind in SENDS else "recv"
-            channel = ("forward" if forward else "backward") + (f" {number}" if matched else "")
+            channel = channel_name(row, p) + (f" {number}" if matched else "")
             return [Post(_row_key(row), (End(kind, row.peer * dp + d, channel, number=number),))]
         if row.kind in (Kind.COUNT, Kind.NORM):
             group = len(own) if row.kind is Kind.NORM else p

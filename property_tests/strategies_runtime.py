@@ -13,10 +13,12 @@ from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
+from property_tests.strategies import plannable
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
 
 MAX_RANKS = 8
 LARGEST_BATCH = 16  # sequences of a step
+MAX_STAGES = 6  # where a rank holds several
 ORDERS = (AXES, ("dp", "pp", "cp", "tp"), ("tp", "cp", "dp", "pp"))
 
 
@@ -73,16 +75,23 @@ _rope_scalings = st.sampled_from(
 
 @st.composite
 def trainings(
-    draw: st.DrawFn, *, optimizers: tuple[str, ...] = ("sgd",), max_ranks: int = MAX_RANKS
+    draw: st.DrawFn,
+    *,
+    optimizers: tuple[str, ...] = ("sgd",),
+    max_ranks: int = MAX_RANKS,
+    least_batch: int = 1,
 ) -> Training:
     """A training of any decoder on any topology of at most ``max_ranks`` ranks, by any schedule."""
     dp, pp, tp = draw(st.sampled_from(degree_triples(max_ranks)))
-    stage_layers = tuple(draw(st.integers(1, 2 if pp < 4 else 1)) for _ in range(pp))
+    micro_batch = draw(st.integers(1, 2))
+    least = -(-least_batch // (dp * micro_batch))
+    num_microbatches = draw(st.integers(least, max(least, min(5, LARGEST_BATCH // (dp * micro_batch)))))
+    schedule, chunks = draw(plannable(pp, num_microbatches, max(pp, MAX_STAGES)))
+    num_stages = pp * chunks
+    stage_layers = tuple(draw(st.integers(1, 2 if num_stages < 3 else 1)) for _ in range(num_stages))
     model = draw(decoders(layers=sum(stage_layers), tp=tp))
     sequence_parallel = tp > 1 and draw(st.booleans())
-    micro_batch = draw(st.integers(1, 2))
     unit = tp // math.gcd(tp, micro_batch) if sequence_parallel else 1  # tp divides the tokens
-    num_microbatches = draw(st.integers(1, max(1, min(5, LARGEST_BATCH // (dp * micro_batch)))))
     work = draw(
         workloads(
             global_batch=dp * micro_batch * num_microbatches,
@@ -99,7 +108,8 @@ def trainings(
         micro_batch=micro_batch,
         sequence_parallel=sequence_parallel,
         stage_layers=stage_layers,
-        schedule=draw(st.sampled_from(["1f1b", "afab"])),
+        schedule=schedule,
+        virtual_stages=chunks,
         bucket_bytes=draw(st.sampled_from([DEFAULT_BUCKET_BYTES, 10_000, 1])),
         order=draw(st.sampled_from(ORDERS)),
     )

@@ -8,7 +8,7 @@ from attrs import evolve
 from hypothesis import strategies as st
 
 from picotron.errors import PlanError
-from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.catalogue import make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule
@@ -16,6 +16,7 @@ from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES
 from picotron.planner.workload import FORMATS, Workload
+from property_tests.strategies import plannable
 from property_tests.strategies_cluster import clusters, names
 from property_tests.strategies_model import models
 
@@ -44,12 +45,10 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
     """A small plan of any family on any cluster, with a named schedule or custom orders."""
     model = draw(models(max_layers=max_degree))
     pp = draw(st.integers(1, model.num_layers))
+    rounds = draw(st.integers(1, 3))
+    schedule, virtual_stages = draw(schedules(pp, rounds, model.num_layers))
     tp = draw(st.sampled_from([tp for tp in range(1, max_degree + 1) if _divides(model, tp)]))
-    dp, micro_batch, rounds = (
-        draw(st.integers(1, max_degree)),
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 3)),
-    )
+    dp, micro_batch = draw(st.integers(1, max_degree)), draw(st.integers(1, 2))
     seq_len = tp * draw(st.integers(1, model.max_positions // tp))
     cluster = _able(evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp))
     precisions = [name for name in FORMATS if getattr(cluster.device.peak_flops_per_second, name)]
@@ -64,20 +63,25 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
         dp=draw(st.sampled_from([None, dp])),
         tp=tp,
         order=tuple(draw(st.permutations(AXES))),
-        schedule=draw(schedules(pp, rounds)),
+        schedule=schedule,
+        virtual_stages=virtual_stages,
         micro_batch=micro_batch,
         sequence_parallel=draw(st.sampled_from([None, False])),
         bucket_bytes=draw(st.integers(1, 2**30)),
     )
 
 
-def schedules(num_ranks: int, num_microbatches: int) -> st.SearchStrategy[str | Schedule]:
-    """The name of a schedule, or its orders as those of a custom one."""
-    known = st.sampled_from(sorted(SCHEDULES))
-    custom = st.builds(
-        lambda kind, name: evolve(make_schedule(kind, num_ranks, num_microbatches), name=name), known, names
-    )
-    return known | custom
+@st.composite
+def schedules(
+    draw: st.DrawFn, num_ranks: int, num_microbatches: int, num_layers: int
+) -> tuple[str | Schedule, int]:
+    """The name of a schedule, or its orders or others as those of a custom one; and its stages a rank."""
+    schedule, virtual_stages = draw(plannable(num_ranks, num_microbatches, num_layers))
+    if isinstance(schedule, str):
+        if draw(st.booleans()):
+            return schedule, virtual_stages
+        schedule = make_schedule(schedule, num_ranks, num_microbatches, virtual_stages)
+    return evolve(schedule, name=draw(names)), virtual_stages
 
 
 def workloads(*, global_batch: int, seq_len: int) -> st.SearchStrategy[Workload]:

@@ -7,8 +7,9 @@ from itertools import cycle
 from attrs import evolve
 from hypothesis import strategies as st
 
-from picotron.planner.cost import CollectiveCost, SegmentCost
+from picotron.planner.cost import CollectiveCost, SegmentCost, of_kind
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.program import COMPUTE
 from picotron.planner.simulate import Durations, durations, slices
 from property_tests.strategies import quarters
 
@@ -41,8 +42,7 @@ def prices(draw: st.DrawFn, made: TrainingPlan) -> dict[int, Durations]:
             stages=tuple(
                 evolve(
                     stage,
-                    forward=tuple(map(segment, stage.forward)),
-                    backward=tuple(map(segment, stage.backward)),
+                    **{kind.name.lower(): tuple(map(segment, of_kind(stage, kind))) for kind in COMPUTE},
                     update_seconds=next(compute),
                 )
                 for stage in own.stages

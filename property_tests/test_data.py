@@ -14,21 +14,40 @@ from property_tests.strategies import DENSE, SPARSE, plans
 
 @given(plans(families=DENSE + SPARSE))
 def test_buckets_hold_every_parameter_once(made: TrainingPlan) -> None:
-    """Each parameter that a stage's first rank holds is in one bucket, with its own sums and no others'."""
+    """Each parameter of a pipeline rank's first rank is in one bucket, with its own sums and no others'."""
+    for pp in range(made.topology.pp):
+        held = {p.name: p for p in made.held(Coordinate(pp=pp))}
+        stages = {stage: made.stage_buckets[stage] for stage in made.rank_stages(pp)}
+        reduced = [name for own in stages.values() for bucket in own for name in bucket.names]
+        assert sorted(reduced) == sorted(held)
+        for stage, own in stages.items():
+            for index, bucket in enumerate(own):
+                assert (bucket.stage, bucket.index) == (stage, index)
+                assert {held[name].partial for name in bucket.names} == {bucket.partial}
+
+
+@given(plans(families=DENSE + SPARSE))
+def test_buckets_are_ready_when_all_that_add_to_them_have(made: TrainingPlan) -> None:
+    """After the first segment of a bucket, the last in backward.
+
+    A table that embedding and head share may be with the head, whose stage then adds to it last.
+    """
+    last = made.num_stages - 1
     for stage, own in enumerate(made.stage_buckets):
-        held = {p.name: p for p in made.held(Coordinate(pp=stage))}
-        assert sorted(name for bucket in own for name in bucket.names) == sorted(held)
-        for index, bucket in enumerate(own):
-            assert (bucket.stage, bucket.index) == (stage, index)
-            assert {held[name].partial for name in bucket.names} == {bucket.partial}
-            assert bucket.ready_segment == min(held[name].segment for name in bucket.names)
+        held = {p.name: p for p in made.stage_layout[stage]}
+        head = len(made.stage_segments[stage]) - 1
+        for bucket in own:
+            moved = set(bucket.names) - set(held)
+            assert not moved or (stage == last and made.model.tied_embeddings)
+            segments = [held[name].segment for name in bucket.names if name in held]
+            assert bucket.ready_segment == min([*segments, *[head] * len(moved)])
 
 
 @given(plans())
 def test_buckets_are_filled_in_the_order_of_backward(made: TrainingPlan) -> None:
     """They complete one after another, and one that is full takes no more."""
     for stage, own in enumerate(made.stage_buckets):
-        where = Coordinate(pp=stage)
+        where = Coordinate(pp=made.stage_rank(stage))
         numel = {p.name: local_numel(p, where) for p in made.held(where)}
         assert [b.ready_segment for b in own] == sorted((b.ready_segment for b in own), reverse=True)
         for bucket in own:
@@ -40,12 +59,12 @@ def test_buckets_are_filled_in_the_order_of_backward(made: TrainingPlan) -> None
 def test_every_rank_forms_buckets_of_the_same_parameters(made: TrainingPlan, seed: int) -> None:
     """A bucket's payload is the sum of its slices on every tensor-parallel rank."""
     tp_index = seed % made.topology.tp
-    for stage, own in enumerate(made.stage_buckets):
-        where = Coordinate(pp=stage, tp=tp_index)
+    for pp in range(made.topology.pp):
+        where = Coordinate(pp=pp, tp=tp_index)
         total = sum(local_numel(p, where) for p in made.held(where)) * made.format.gradient
-        payloads = made.bucket_payload_bytes(stage, tp_index)
-        assert len(payloads) == len(own)
-        assert sum(payloads) == total
+        payloads = [made.bucket_payload_bytes(stage, tp_index) for stage in made.rank_stages(pp)]
+        assert list(map(len, payloads)) == [len(made.stage_buckets[stage]) for stage in made.rank_stages(pp)]
+        assert sum(map(sum, payloads)) == total
 
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 2**32))

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import attrs
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from picotron.planner.cost import of_kind
 from picotron.planner.layout import counts_in_norm
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import predict
-from picotron.planner.program import Kind, rows
+from picotron.planner.program import COMPUTE, Kind, Row, rows
 from picotron.planner.topology import coordinate
-from property_tests.strategies import DENSE, SPARSE, plans
+from property_tests.strategies import DENSE, SPARSE, one_stage_a_rank, plans
 
 EVERY = DENSE + SPARSE
 
 
 def _naive(made: TrainingPlan, rank: int) -> list[tuple[int, int, int, int]]:
-    """(row, operation, live, peak) of every entry, from a dictionary of (microbatch, tensor's name)."""
+    """(row, operation, live, peak) of every entry, from a dictionary of (microbatch, tensor's name).
+
+    Segments are counted through from the first stage on, so what passes between two stages has one name.
+    """
     where = coordinate(made.topology, rank)
-    forward, backward = made.bodies(where.pp, where.tp)
-    end, boundary = len(forward.segments), made.dims(where.tp).local_bytes
+    bodies = {stage: made.bodies(stage, where.tp) for stage in made.rank_stages(where.pp)}
+    starts = [0, *accumulate(map(len, made.stage_segments))]
+    boundary = made.dims(where.tp).local_bytes
     standing = sum(static_bytes(made, where).values())
     live: dict[tuple[int, str], int] = {}
     counted = sum(counts_in_norm(p, where) for p in made.held(where))
@@ -31,27 +38,32 @@ def _naive(made: TrainingPlan, rank: int) -> list[tuple[int, int, int, int]]:
     def total() -> int:
         return standing + sum(live.values())
 
+    def named(row: Row, name: str) -> tuple[int, str]:
+        segment, rest = name.split(".", 1)
+        return row.microbatch, f"{starts[row.stage] + int(segment)}.{rest}"
+
     own = rows(made.program(where.tp), where.pp)
     for index, row in enumerate(own):
         if row.anchor_row >= 0:
             continue
-        body = {Kind.FORWARD: forward, Kind.BACKWARD: backward}.get(row.kind)
+        body = of_kind(bodies[row.stage], row.kind) if row.kind in COMPUTE else None
         for number, segment in enumerate(body.segments if body else ()):
             peak = total()
             for operation in segment.operations:
                 for tensor in operation.creates:
-                    assert (row.microbatch, tensor.name) not in live
-                    live[row.microbatch, tensor.name] = tensor.bytes
+                    assert named(row, tensor.name) not in live
+                    live[named(row, tensor.name)] = tensor.bytes
                 peak = max(peak, total())
                 for tensor in operation.frees:
-                    assert live.pop((row.microbatch, tensor.name)) == tensor.bytes
+                    assert live.pop(named(row, tensor.name)) == tensor.bytes
             found.append((index, number, total(), peak))
         peak = total()
         target = own[row.target].kind if row.kind is Kind.WAIT else None
+        end = len(made.stage_segments[row.stage])
         if row.kind in (Kind.RECV_F, Kind.RECV_B):
-            live[row.microbatch, "0.x" if row.kind is Kind.RECV_F else f"{end}.g"] = boundary
+            live[named(row, "0.x" if row.kind is Kind.RECV_F else f"{end}.g")] = boundary
         if target in (Kind.SEND_F, Kind.SEND_B):
-            assert live.pop((row.microbatch, f"{end}.x" if target is Kind.SEND_F else "0.g")) == boundary
+            assert live.pop(named(row, f"{end}.x" if target is Kind.SEND_F else "0.g")) == boundary
         peak = max(peak, total()) + (8 * max(1, 3 * counted) if row.kind is Kind.NORM else 0)
         found.append((index, -1, total(), peak))
     assert not live
@@ -83,10 +95,7 @@ def test_a_step_returns_to_where_it_began(made: TrainingPlan, number: int) -> No
 @given(plans(families=EVERY))
 def test_one_f_one_b_never_needs_more_than_afab(made: TrainingPlan) -> None:
     """Nor does any rank hold more microbatches than min(m, p - s) of what one leaves."""
-    named = {
-        name: attrs.evolve(made, schedule_name=name, schedule_csv=None, chosen=())
-        for name in ("1f1b", "afab")
-    }
+    named = {name: one_stage_a_rank(made, name) for name in ("1f1b", "afab")}
     for rank in range(made.topology.world_size):
         peaks = {name: memory_timeline(p, rank).max_bytes for name, p in named.items()}
         slack = 2 * made.dims().local_bytes  # 1F1B has a gradient on its way out while the next F runs

@@ -10,9 +10,9 @@ from tests.runtime.models import memory_shares, random_samples, train
 
 @given(trainings(optimizers=("adamw", "sgd")))
 def test_live_bytes_are_the_plans_and_the_peak_nearly(training):
-    """From the second step on live bytes equal the plan's at every entry; the peak is 98 to 100 % of it."""
+    """In the second step, when all state stands: equal at every entry; the peak is 98 to 100 % of it."""
     made = training.plan
     data = random_samples(made.model.vocab_size, made.workload.seq_len, ragged=training.ragged)
-    shares = memory_shares(made, train(made, data, seed=training.seed, steps=3, measure_from=1))
+    shares = memory_shares(made, train(made, data, seed=training.seed, steps=2, measure_from=1))
     assert min(shares) >= 0.98
     assert max(shares) <= 1.0

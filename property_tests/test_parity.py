@@ -18,10 +18,10 @@ from tests.runtime.models import (
 
 @given(trainings())
 def test_many_ranks_train_as_one(training):
-    """Loss, norm and every gradient of five steps are the single rank's, by the planned rows and bytes."""
+    """Loss, norm and every gradient of two steps are the single rank's, by the planned rows and bytes."""
     made = training.plan
     data = random_samples(made.model.vocab_size, made.workload.seq_len, ragged=training.ragged)
-    reports = train(made, data, seed=training.seed)
-    found = distance(made, reports, reference(single_rank(made), ragged=training.ragged))
+    reports = train(made, data, seed=training.seed, steps=2)
+    found = distance(made, reports, reference(single_rank(made), ragged=training.ragged, steps=2))
     assert found.largest <= TOLERANCE[made.workload.precision], found
     assert_as_planned(made, reports)

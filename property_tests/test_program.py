@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from graphlib import CycleError, TopologicalSorter
+from hypothesis import given
 
-import pytest
-from hypothesis import event, given
-
-from picotron.errors import PlanError
-from picotron.planner import program as room
-from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import (
     COMPUTE,
@@ -20,12 +13,11 @@ from picotron.planner.program import (
     Program,
     Row,
     execution_order,
-    lower,
     matching_sends,
     payload_bytes,
     rows,
 )
-from property_tests.strategies import DENSE, SPARSE, interleavings, plans
+from property_tests.strategies import DENSE, SPARSE, plans
 
 EVERY = DENSE + SPARSE
 
@@ -36,11 +28,9 @@ def _own(program: Program) -> list[tuple[Row, ...]]:
 
 @given(plans(families=EVERY))
 def test_every_action_is_computed_in_the_schedules_order(made: TrainingPlan) -> None:
-    """The F and B rows of a rank are its schedule's actions, one for one."""
-    letters = {Kind.FORWARD: "F", Kind.BACKWARD: "B"}
+    """The computing rows of a rank are its schedule's actions, one for one."""
     for order, own in zip(made.schedule.orders, _own(made.program()), strict=True):
-        found = [f"{r.stage}{letters[r.kind]}{r.microbatch}" for r in own if r.kind in COMPUTE]
-        assert found == [str(action) for action in order]
+        assert [str(row) for row in own if row.kind in COMPUTE] == [str(action) for action in order]
 
 
 @given(plans(families=EVERY))
@@ -78,68 +68,31 @@ def test_every_receive_has_its_send(made: TrainingPlan) -> None:
 
 
 @given(plans(families=EVERY))
-def test_compute_has_its_input_and_sends_follow_their_compute(made: TrainingPlan) -> None:
-    """F waits for its activation and B for its gradient; what is sent has been computed."""
-    last = made.schedule.num_stages - 1
-    for own in _own(made.program()):
-        arrived: set[tuple[Kind, int, int]] = set()
-        computed: set[tuple[Kind, int, int]] = set()
-        for row in own:
-            if row.kind is Kind.WAIT and own[row.target].kind in RECEIVES:
-                arrived.add((own[row.target].kind, row.stage, row.microbatch))
-            if row.kind is Kind.FORWARD and row.stage > 0:
-                assert (Kind.RECV_F, row.stage, row.microbatch) in arrived
-            if row.kind is Kind.BACKWARD and row.stage < last:
-                assert (Kind.RECV_B, row.stage, row.microbatch) in arrived
-            if row.kind in COMPUTE:
-                computed.add((row.kind, row.stage, row.microbatch))
-            if row.kind in SENDS:
-                kind = Kind.FORWARD if row.kind is Kind.SEND_F else Kind.BACKWARD
-                assert (kind, row.stage, row.microbatch) in computed
-
-
-@given(plans(families=EVERY))
-def test_channels_deliver_in_order_one_at_a_time(made: TrainingPlan) -> None:
-    """What a rank receives on a channel comes in the order sent, and a send is over before the next."""
-    own = _own(made.program())
-    sent: dict[tuple[Kind, int, int], list[int]] = defaultdict(list)
-    received: dict[tuple[Kind, int, int], list[int]] = defaultdict(list)
-    for rank, rs in enumerate(own):
-        open_: dict[tuple[Kind, int], int] = {}
-        for i, row in enumerate(rs):
-            if row.kind in SENDS:
-                assert (row.kind, row.peer) not in open_
-                open_[row.kind, row.peer] = i
-                sent[row.kind, rank, row.peer].append(row.microbatch)
-            if row.kind in RECEIVES:
-                kind = Kind.SEND_F if row.kind is Kind.RECV_F else Kind.SEND_B
-                received[kind, row.peer, rank].append(row.microbatch)
-            if row.kind is Kind.WAIT and rs[row.target].kind in SENDS:
-                assert open_.pop((rs[row.target].kind, row.peer)) == row.target
-    assert sent == received
-
-
-@given(plans(families=EVERY))
 def test_every_partial_gradient_is_summed(made: TrainingPlan) -> None:
     """Each bucket over each of its groups, in order, the first inside the last backward where it is ready."""
     program = made.program()
-    for stage, own in enumerate(_own(program)):
-        last_backward = max(i for i, row in enumerate(own) if row.kind is Kind.BACKWARD)
-        for bucket, size in zip(made.stage_buckets[stage], made.bucket_payload_bytes(stage), strict=True):
-            sums = [
-                (i, row) for i, row in enumerate(own) if row.kind is Kind.REDUCE and row.part == bucket.index
-            ]
-            assert tuple(program.groups[row.group] for _, row in sums) == bucket.partial
-            assert {row.bytes for _, row in sums} <= {size}
-            for number, (i, row) in enumerate(sums):
-                if number == 0:
-                    assert (row.anchor_row, row.anchor_segment) == (last_backward, bucket.ready_segment)
-                else:
-                    assert row.anchor_row == -1
-                    assert own[i - 1] == Row(Kind.WAIT, stage, part=bucket.index, target=sums[number - 1][0])
+    for rank, own in enumerate(_own(program)):
+        for stage in made.rank_stages(rank):
+            _check_sums(made, program, own, stage)
         kinds = [row.kind for row in own]
         assert kinds[-2:] == [Kind.NORM, Kind.UPDATE]
-        assert kinds.count(Kind.COUNT) == (stage == made.topology.pp - 1)
+        assert kinds.count(Kind.COUNT) == (made.num_stages - 1 in made.rank_stages(rank))
+
+
+def _check_sums(made: TrainingPlan, program: Program, own: tuple[Row, ...], stage: int) -> None:
+    ends = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+    last_backward = max(i for i, row in enumerate(own) if row.kind in ends and row.stage == stage)
+    for bucket, size in zip(made.stage_buckets[stage], made.bucket_payload_bytes(stage), strict=True):
+        here = Kind.REDUCE, stage, bucket.index
+        sums = [(i, row) for i, row in enumerate(own) if (row.kind, row.stage, row.part) == here]
+        assert tuple(program.groups[row.group] for _, row in sums) == bucket.partial
+        assert {row.bytes for _, row in sums} <= {size}
+        for number, (i, row) in enumerate(sums):
+            if number == 0:
+                assert (row.anchor_row, row.anchor_segment) == (last_backward, bucket.ready_segment)
+            else:
+                assert row.anchor_row == -1
+                assert own[i - 1] == Row(Kind.WAIT, stage, part=bucket.index, target=sums[number - 1][0])
 
 
 @given(plans(families=EVERY))
@@ -154,8 +107,8 @@ def test_execution_order_is_a_permutation_with_anchored_rows_first(made: Trainin
                 assert at[row.anchor_row - 1] < at[i] < at[row.anchor_row]
         plain = [i for i in order if own[i].anchor_row < 0]
         assert plain == sorted(plain)
-        segments = [own[i].anchor_segment for i in order if own[i].anchor_row >= 0]
-        assert segments == sorted(segments, reverse=True)
+        inside = [(own[i].anchor_row, -own[i].anchor_segment) for i in order if own[i].anchor_row >= 0]
+        assert inside == sorted(inside)
 
 
 @given(plans(families=EVERY))
@@ -175,72 +128,3 @@ def test_tensor_parallel_ranks_run_the_same_rows(made: TrainingPlan) -> None:
         assert [[r._replace(bytes=0) for r in own] for own in other] == [
             [r._replace(bytes=0) for r in own] for own in first
         ]
-
-
-def _lowered(schedule: Schedule) -> Program:
-    none: tuple[tuple[()], ...] = ((),) * schedule.num_stages
-    return lower(
-        schedule,
-        boundary_bytes=4,
-        buckets=none,
-        bucket_bytes=none,
-        data_parallel=False,
-        world_size=schedule.num_ranks,
-    )
-
-
-def _unchecked(schedule: Schedule) -> Program:
-    with pytest.MonkeyPatch.context() as patch:
-        for check in ("check_no_deadlock", "check_channels"):
-            patch.setattr(room, check, lambda _: None)
-        return _lowered(schedule)
-
-
-def _can_finish(program: Program) -> bool:
-    """Whether rows need each other in no circle, if a transfer ends when both of its ends are posted."""
-    own = _own(program)
-    matches = matching_sends(program)
-    other = {**matches, **{send: receive for receive, send in matches.items()}}
-    needs: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for rank, rs in enumerate(own):
-        for i, row in enumerate(rs):
-            needs[rank, i] = {(rank, i - 1)} if i else set()
-            if row.kind is Kind.WAIT and (rank, row.target) in other:
-                needs[rank, i].add(other[rank, row.target])
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError:
-        return False
-    return True
-
-
-def _keeps_order(program: Program) -> bool:
-    """Whether each channel's microbatches and stages are received as they are sent."""
-    sent: dict[tuple[bool, int, int], list[tuple[int, int]]] = defaultdict(list)
-    received: dict[tuple[bool, int, int], list[tuple[int, int]]] = defaultdict(list)
-    for rank, rs in enumerate(_own(program)):
-        for row in rs:
-            forward = row.kind in (Kind.SEND_F, Kind.RECV_F)
-            if row.kind in SENDS:
-                sent[forward, rank, row.peer].append((row.stage, row.microbatch))
-            if row.kind in RECEIVES:
-                source = row.stage + (-1 if forward else 1)
-                received[forward, row.peer, rank].append((source, row.microbatch))
-    return sent == received
-
-
-@given(interleavings())
-def test_a_schedule_is_refused_exactly_when_it_cannot_run(schedule: Schedule) -> None:
-    """Any order that one worker could run is lowered, unless rows need each other or messages cross."""
-    program = _unchecked(schedule)
-    if not _can_finish(program):
-        event("circle")
-        with pytest.raises(PlanError, match="the ranks of this schedule wait for each other: rank"):
-            _lowered(schedule)
-    elif not _keeps_order(program):
-        event("crossed")
-        with pytest.raises(PlanError, match="a channel delivers in the order sent: rank"):
-            _lowered(schedule)
-    else:
-        event("lowered")
-        assert _lowered(schedule) == program

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 
 from picotron.errors import PlanError
 from picotron.planner import lanes
+from picotron.planner.actions import Action, Phase, cells, parse_cell
 from picotron.planner.clock import Operation, advance
-from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.faults import Fault, Pause, Slow
+from picotron.planner.lower import lower
 from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import predict
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, lower, rows
+from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, rows
 from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.simulate import (
     Durations,
@@ -136,9 +138,8 @@ def _add_rank(
                 pass_time(fault.seconds)
 
     def compute(index: int, row: Row) -> None:
-        cost = own.seconds.stages[row.stage]
-        forward = row.kind is Kind.FORWARD
-        segments = list(enumerate(cost.forward)) if forward else _numbered_back(cost.backward)
+        costs = of_kind(own.seconds.stages[row.stage], row.kind)
+        segments = list(enumerate(costs)) if row.kind is Kind.FORWARD else _numbered_back(costs)
         for number, segment in segments:
             for stretch, collective in zip(segment.compute, (*segment.collectives, None), strict=True):
                 pass_time(stretch * slow)
@@ -203,7 +204,9 @@ def _world_of(made: TrainingPlan, seconds: dict[int, Durations]) -> list[_Rank]:
             rows=rows(program, where.pp),
             group_names=program.groups,
             seconds=seconds[where.tp],
-            update_seconds=seconds[where.tp].stages[where.pp].update_seconds,
+            update_seconds=sum(
+                seconds[where.tp].stages[stage].update_seconds for stage in made.rank_stages(where.pp)
+            ),
             group=lambda name: group_of(topology, name, rank),
             peer=lambda pp: rank_of(topology, Coordinate(pp=pp, dp=where.dp, cp=where.cp, tp=where.tp)),
         )
@@ -216,11 +219,13 @@ def _pipeline(program: Program, seconds: Durations) -> list[_Rank]:
     everybody = tuple(range(program.num_ranks))
 
     def one(rank: int) -> _Rank:
+        own = rows(program, rank)
+        held = sorted({row.stage for row in own if row.kind in COMPUTE})
         return _Rank(
-            rows=rows(program, rank),
+            rows=own,
             group_names=program.groups,
             seconds=seconds,
-            update_seconds=seconds.stages[rank].update_seconds,
+            update_seconds=sum(seconds.stages[stage].update_seconds for stage in held),
             group=lambda name: everybody if name == "world" else (rank,),
             peer=lambda pp: pp,
         )
@@ -332,20 +337,27 @@ def test_the_timeline_of_any_order_is_the_oracles(schedule: Schedule, data: st.D
 def _longest_path(schedule: Schedule, stages: tuple[StageCost, ...]) -> tuple[float, list[float]]:
     """When the last action ends if transfers are free, and each rank's work."""
     graph, work = _Graph(), [0.0] * schedule.num_ranks
-    for rank, order in enumerate(schedule.orders):
-        for action, before in zip(order, (None, *order), strict=False):
-            stage = stages[action.stage]
-            forward = str(action.phase) == "F"
-            cost = stage.forward_seconds if forward else stage.backward_seconds
-            neighbour = action.stage + (-1 if forward else 1)
-            graph.add((action.stage, str(action.phase), action.microbatch), cost)
-            needs = graph.needs[action.stage, str(action.phase), action.microbatch]
-            if before is not None:
-                needs.add((before.stage, str(before.phase), before.microbatch))
-            if 0 <= neighbour < schedule.num_stages:
-                needs.add((neighbour, str(action.phase), action.microbatch))
+    seconds = {"F": "forward_seconds", "B": "backward_seconds"}
+    seconds |= {"I": "backward_input_seconds", "W": "backward_weight_seconds"}
+    joined = [[parse_cell(cell) for cell in cells(schedule.orders, r)] for r in range(schedule.num_ranks)]
+    cell_of = {action: cell for own in joined for cell in own for action in cell}
+    for rank, own in enumerate(joined):
+        for cell, before in zip(own, (None, *own), strict=False):
+            cost = sum(getattr(stages[action.stage], seconds[action.phase]) for action in cell)
+            needs = {cell_of[need] for action in cell for need in _givers(action) if need in cell_of}
+            graph.add(cell, cost, *needs, *([] if before is None else [before]))
             work[rank] += cost
     return max(end for _, end in graph.spans().values()), work
+
+
+def _givers(action: Action) -> list[Action]:
+    """What another stage might do for ``action``: it waits for the one of them that there is."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.phase is Phase.FORWARD:
+        return [Action(stage - 1, Phase.FORWARD, microbatch)]
+    if action.phase is Phase.WEIGHT:
+        return []
+    return [Action(stage + 1, phase, microbatch) for phase in (Phase.BACKWARD, Phase.INPUT)]
 
 
 @given(schedules() | interleavings(), st.data())
@@ -358,7 +370,7 @@ def test_bubbles_are_what_the_longest_path_leaves_idle(schedule: Schedule, data:
     assert min(bubbles) >= 0
 
 
-@given(st.integers(1, 6), st.integers(1, 10), quarters(), quarters())
+@given(st.integers(1, 6), st.integers(1, 10), quarters().map(lambda f: f + 0.25), quarters())
 def test_equal_stages_take_the_textbooks_time(p: int, m: int, f: float, b: float) -> None:
     """(m + p - 1)(f + b) for both orders, free transfers; the bubble is (p - 1)(f + b) on every rank."""
     stage = StageCost(

@@ -97,6 +97,30 @@ def test_every_flag_reaches_the_plan(run: Run):
     assert (data["stage_layers"], data["bucket_bytes"], data["micro_batch"]) == ([4, 2], 1024, 2)
     assert (data["schedule"]["name"], data["sequence_parallel"], data["chosen"]) == ("afab", True, [])
     assert (data["workload"]["learning_rate"], data["workload"]["optimizer"]) == (0.5, "sgd")
+    code, out, _ = run(
+        "plan", *SMALL, *["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "3"], "--json"
+    )
+    data = json.loads(out)
+    assert (code, data["virtual_stages"], data["stage_layers"]) == (0, 3, [1] * 6)
+
+
+def test_a_schedule_of_several_stages_a_rank_is_planned_predicted_and_simulated(run: Run, tmp_path: Path):
+    """By its name or from its CSV; what a rank's row is called names all its stages."""
+    path, csv = tmp_path / "plan.json", tmp_path / "own.csv"
+    code, out, _ = run("plan", *SMALL, "--pp", 2, "--schedule", "zb-v", "-o", path)
+    assert code == 0
+    assert "virtual_stages=2: stages a rank of zb-v" in out
+    assert "stages 0,3: embedding, layer" in out
+    assert run("predict", path)[0] == 0
+    _, out, _ = run("simulate", path)
+    table = [line.split()[0] for line in out.splitlines() if line]
+    assert table[table.index("stages") :] == ["stages", "0,3", "1,2"]
+    csv.write_text(schedule_to_csv(load_plan(path).schedule))
+    assert run("plan", *SMALL, "--pp", 2, "--schedule", csv, "--virtual-stages", 2)[0] == 0
+    assert "virtual_stages=3 stages on each" in refused(
+        run("plan", *SMALL, "--pp", 2, "--schedule", csv, "--virtual-stages", 3)
+    )
+    assert "dualpipe keeps two copies" in refused(run("plan", *SMALL, "--pp", 2, "--schedule", "dualpipe"))
 
 
 def test_a_plan_goes_through_a_pipe(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -187,7 +211,7 @@ def test_a_step_is_simulated_with_faults(run: Run, saved: Path):
     assert data["healthy_step_seconds"] == healthy["step_seconds"]
     assert data["slowdown"] == data["step_seconds"] / healthy["step_seconds"] > 1
     assert [one["rank"] for one in data["classes"]] == [0, 1, 2, 3]
-    assert [one["stage"] for one in data["classes"]] == [0, 0, 1, 1]
+    assert [one["stages"] for one in data["classes"]] == [[0], [0], [1], [1]]
     for one in data["classes"]:
         assert one["compute_seconds"] + one["idle_seconds"] == pytest.approx(data["step_seconds"])
     code, text, _ = run("simulate", saved, *faults)

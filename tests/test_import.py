@@ -75,9 +75,10 @@ def test_importing_the_package_is_quick(room: str):
 
 
 def test_the_rooms_add_little_to_numpy():
-    """All that plans and predicts takes at most 150 ms of CPU time beyond numpy's own import."""
+    """Beyond Python's own start, all that plans and predicts takes at most four times what numpy takes."""
     rooms = "import picotron.planner.predict, picotron.planner.serialize"
-    assert cpu_seconds(rooms) - cpu_seconds("import numpy") < MOST_SECONDS
+    start = cpu_seconds("pass")
+    assert cpu_seconds(rooms) - start < 4 * (cpu_seconds("import numpy") - start)
 
 
 @pytest.mark.parametrize("package", [picotron, picotron.planner])

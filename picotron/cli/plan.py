@@ -33,13 +33,14 @@ EXAMPLE = (
 _INTEGER: dict[str, Any] = {"type": int, "metavar": "N"}
 PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "dp": (_INTEGER, "data-parallel degree (default: the devices that the others leave)"),
-    "pp": (_INTEGER, "pipeline stages (default 1)"),
+    "pp": (_INTEGER, "pipeline ranks (default 1)"),
     "cp": (_INTEGER, "context-parallel degree (default 1)"),
     "tp": (_INTEGER, "tensor-parallel degree (default 1)"),
     "ep": (_INTEGER, "expert-parallel degree, which cuts the same ranks again (default 1)"),
     "etp": (_INTEGER, "tensor-parallel degree of the experts (default 1)"),
     "order": ({"type": names, "metavar": "AXES"}, "axes, slowest first (default pp,dp,cp,tp)"),
     "schedule": ({}, f"{', '.join(SCHEDULES)}, or a .csv file of orders (default 1f1b)"),
+    "virtual_stages": (_INTEGER, "stages of each pipeline rank (default: what the schedule has by itself)"),
     "micro_batch": (_INTEGER, "sequences of a microbatch (default 1)"),
     "sequence_parallel": (
         {"action": argparse.BooleanOptionalAction},

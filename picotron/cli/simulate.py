@@ -133,7 +133,7 @@ def _data(healthy: SimulatedStep, step: SimulatedStep) -> dict[str, Any]:
             {
                 "rank": rank,
                 "num_ranks": sizes[number],
-                "stage": coordinate(topology, rank).pp,
+                "stages": step.plan.rank_stages(coordinate(topology, rank).pp),
                 "compute_seconds": step.compute_seconds[number],
                 "idle_seconds": step.idle_seconds[number],
             }
@@ -161,7 +161,7 @@ def _text(healthy: SimulatedStep, step: SimulatedStep) -> str:
 
 
 def _waiting(step: SimulatedStep) -> list[tuple[str, ...]]:
-    """A table of the ranks of a stage that compute equally long, the most idle first."""
+    """A table of the ranks of equal stages that compute equally long, the most idle first."""
     counts: dict[tuple[float, int], int] = {}
     least: dict[tuple[float, int], int] = {}
     for rank, size, seconds in zip(step.classes.ranks, step.classes.sizes, step.compute_seconds, strict=True):
@@ -170,18 +170,19 @@ def _waiting(step: SimulatedStep) -> list[tuple[str, ...]]:
         least.setdefault(key, rank)
     found: list[tuple[str, ...]] = [
         (
-            str(stage),
+            ",".join(map(str, step.plan.rank_stages(pp))),
             f"{count:,}",
-            str(least[seconds, stage]),
+            str(least[seconds, pp]),
             human_seconds(seconds),
             human_seconds(step.step_seconds - seconds),
             f"{1 - seconds / step.step_seconds:.1%}",
         )
-        for (seconds, stage), count in sorted(counts.items())
+        for (seconds, pp), count in sorted(counts.items())
     ]
     if len(found) > SHOWN_MOST + SHOWN_LEAST:
         found[SHOWN_MOST:-SHOWN_LEAST] = [("...",) * len(found[0])]
-    return [("stage", "ranks", "such as", "compute", "are idle", "of the step"), *found]
+    several = "s" * (step.plan.virtual_stages > 1)
+    return [(f"stage{several}", "ranks", "such as", "compute", "are idle", "of the step"), *found]
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from attrs import Attribute, cmp_using, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.validators import shown
+from picotron.planner.validators import is_integer, shown
 
 
 class Phase(StrEnum):
@@ -32,7 +32,7 @@ class Phase(StrEnum):
 PHASES = "FBIW"  # columns hold the index into it
 F, B, I, W = range(4)  # noqa: E741
 MAX_NUMBER = 2**31 - 1  # of a stage or a microbatch
-_ACTION = re.compile(r"(\d{1,10})([FBIW])(\d{1,10})")
+_ACTION = re.compile(r"([0-9]{1,10})([FBIW])([0-9]{1,10})")
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 
@@ -68,7 +68,10 @@ def parse_cell(text: str) -> tuple[Action, ...]:
 
 def _column(kind: type) -> Any:
     def read_only(values: Any) -> np.ndarray:
-        array: np.ndarray = np.ascontiguousarray(values, dtype=kind)
+        given = np.asarray(values)
+        array: np.ndarray = np.ascontiguousarray(given, dtype=kind)
+        if array.ndim != 1 or not (given.dtype == kind or np.array_equal(array, given)):
+            raise PlanError(f"a column must be of whole numbers within {kind.__name__}, got {shown(values)}")
         if array.flags.writeable:
             array = array.copy() if array is values else array
             array.setflags(write=False)
@@ -97,8 +100,11 @@ class Orders(Sequence[tuple[Action, ...]]):
     @joined.validator
     def _fit(self, _: Attribute[object], joined: np.ndarray) -> None:
         sizes = {len(column) for column in (self.phase, self.stage, self.microbatch, joined)}
-        if sizes != {self.offsets[-1]} or any(stop < first for first, stop in pairwise(self.offsets)):
-            raise PlanError(f"columns of {sorted(sizes)} actions do not fit offsets {self.offsets}")
+        ends = self.offsets
+        if not ends or ends[0] != 0 or sizes != {ends[-1]} or any(b < a for a, b in pairwise(ends)):
+            raise PlanError(f"columns of {sorted(sizes)} actions do not fit offsets {shown(ends)}")
+        if len(joined) and not 0 <= self.phase.min() <= self.phase.max() < len(PHASES):
+            raise PlanError(f"a phase must be an index of {PHASES}, got {shown(self.phase.tolist())}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -147,7 +153,10 @@ def make_orders(nested: Iterable[Iterable[Cell]]) -> Orders:
     """Orders from one sequence of cells a rank. Raises PlanError for what is no cell."""
     if isinstance(nested, Orders):
         return nested
-    ranks = [[_cell(cell) for cell in own] for own in nested]
+    try:
+        ranks = [[_cell(cell) for cell in own] for own in nested]
+    except TypeError:
+        raise PlanError(f"orders must be one sequence of cells a rank, got {shown(nested)}") from None
     offsets = [0]
     for own in ranks:
         offsets.append(offsets[-1] + sum(map(len, own)))
@@ -155,7 +164,7 @@ def make_orders(nested: Iterable[Iterable[Cell]]) -> Orders:
     actions = list(chain.from_iterable(every))
     return Orders(
         offsets=tuple(offsets),
-        phase=np.array([PHASES.index(action.phase) for action in actions]),
+        phase=np.array([_PHASE.index(action.phase) for action in actions]),
         stage=np.array([action.stage for action in actions]),
         microbatch=np.array([action.microbatch for action in actions]),
         joined=np.array([index + 1 < len(cell) for cell in every for index in range(len(cell))]),
@@ -164,16 +173,45 @@ def make_orders(nested: Iterable[Iterable[Cell]]) -> Orders:
 
 def _cell(cell: Cell) -> tuple[Action, ...]:
     if isinstance(cell, Action):
-        return (cell,)
+        return (_checked(cell),)
     if isinstance(cell, str):
         return parse_cell(cell)
     if isinstance(cell, tuple) and len(cell) == 2 and all(isinstance(half, Action) for half in cell):
-        return cell
+        return (_checked(cell[0]), _checked(cell[1]))
     raise PlanError(f"a cell must be an action, its text or a pair of actions, got {shown(cell)}")
 
 
-def stack_orders(ranks: Sequence[Sequence[np.ndarray]]) -> Orders:
-    """Orders from each rank's arrays (phase, stage, microbatch), and ``joined`` where there are pairs."""
+def _checked(action: Action) -> Action:
+    """The action, if columns can hold it. Raises PlanError if not."""
+    numbers = (action.stage, action.microbatch)
+    if action.phase in _PHASE and all(is_integer(n) and abs(n) <= MAX_NUMBER for n in numbers):
+        return action
+    raise PlanError(f"an action must have a stage, F, B, I or W, and a microbatch, got {shown(action)}")
+
+
+Columns: TypeAlias = "Sequence[np.ndarray]"
+"""A rank's phase, stage and microbatch, and ``joined`` where it has pairs."""
+
+
+def parse_cells(texts: Iterable[str]) -> Columns:
+    """The columns of a rank's cells. Raises PlanError for a text that is no cell."""
+    found: list[tuple[int, int, int, bool]] = []
+    for text in texts:
+        match = _ACTION.fullmatch(text)
+        if match is not None and len(match[1]) < 10 and len(match[3]) < 10:
+            found.append((PHASES.index(match[2]), int(match[1]), int(match[3]), False))
+            continue
+        actions = parse_cell(text)
+        for index, action in enumerate(actions, start=1):
+            found.append((PHASES.index(action.phase), action.stage, action.microbatch, index < len(actions)))
+    phase, stage, microbatch, joined = np.array(found, dtype=np.int64).reshape(-1, 4).T
+    return phase.astype(np.int8), stage.astype(np.int32), microbatch.astype(np.int32), joined.astype(np.bool_)
+
+
+def stack_orders(ranks: Sequence[Columns]) -> Orders:
+    """Orders from each rank's columns."""
+    if not ranks:
+        return make_orders([])
     offsets = [0]
     for own in ranks:
         offsets.append(offsets[-1] + len(own[0]))

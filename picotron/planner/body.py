@@ -55,6 +55,7 @@ class Operation:
 
     ``creates`` are live while it runs; ``frees`` die when it has. ``payload_bytes`` of a collective is what
     one rank hands over: the tensor (all_reduce), the whole output (all_gather) or the whole input.
+    A step of the weight gradients names what it ``reads``; every other step names nothing.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Operation:
     payload_bytes: int = 0
     creates: tuple[Tensor, ...] = ()
     frees: tuple[Tensor, ...] = ()
+    reads: tuple[Tensor, ...] = ()
+
+    @property
+    def for_weights(self) -> bool:
+        """Whether it serves the weight gradients alone, so that it may wait for W."""
+        return bool(self.reads)
 
 
 @frozen(kw_only=True)
@@ -86,13 +93,23 @@ class Body:
     """The segments of one stage in one phase, in the order in which they run."""
 
     stage: int
-    phase: str  # "F" or "B"
+    phase: str  # "F", "B", "I" or "W"
     segments: tuple[SegmentBody, ...]
 
     @property
     def flops(self) -> int:
         """FLOPs of one microbatch."""
         return sum(operation.flops for segment in self.segments for operation in segment.operations)
+
+
+@frozen(kw_only=True)
+class Bodies:
+    """What a stage does with a microbatch: F, then B or, split in two, I and W."""
+
+    forward: Body
+    backward: Body
+    backward_input: Body
+    backward_weight: Body
 
 
 @frozen(kw_only=True)

@@ -6,27 +6,28 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 
-from picotron.errors import PlanError
-from picotron.planner.actions import Action, Phase
-from picotron.planner.pipeline import Schedule
-from picotron.planner.program import Kind, Row
+from picotron.planner.program import COMPUTE, Kind, Row
 from picotron.planner.timeline import Timeline
 
-UNIT_COSTS = (1.0, 2.0)  # time units of one F and one B: two backward matmuls for each forward one
 FILLS: dict[str, str] = {
     "idle": "·",
     "forward": "░",
     "backward": "▓",
+    "input gradient": "▒",
+    "weight gradient": "█",
     "wait": "~",
     "collective": "=",
     "update": "u",
 }
 ACTIVITIES = tuple(FILLS)
+COMPUTING = ("forward", "backward", "input gradient", "weight gradient")
 _ACTIVITY: dict[Kind, str] = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
+    Kind.BACKWARD_INPUT: "input gradient",
+    Kind.BACKWARD_WEIGHT: "weight gradient",
     Kind.COUNT: "collective",
     Kind.NORM: "collective",
     Kind.UPDATE: "update",
@@ -150,62 +151,14 @@ def _spans(timeline: Timeline) -> list[tuple[int, int, int, float, float]]:
 
 def _several_stages(programs: Sequence[Sequence[Row]]) -> bool:
     """Whether some rank holds more than one stage, so that labels must name it."""
-    return any(
-        len({row.stage for row in own if row.kind in (Kind.FORWARD, Kind.BACKWARD)}) > 1 for own in programs
-    )
+    return any(len({row.stage for row in own if row.kind in COMPUTE}) > 1 for own in programs)
 
 
 def _row_label(row: Row, several: bool) -> str:
-    if row.kind in (Kind.FORWARD, Kind.BACKWARD):
+    if row.kind in COMPUTE:
         text = str(row)
         return text if several else text.removeprefix(str(row.stage))
     return "" if row.kind is Kind.WAIT else row.kind.name.lower()
-
-
-def schedule_bars(schedule: Schedule, costs: tuple[float, float] = UNIT_COSTS) -> tuple[Bar, ...]:
-    """The schedule run as early as it can be, transfers free; times are units of ``costs``, an F and a B.
-
-    Raises PlanError where the ranks wait for each other.
-    """
-    ended: dict[Action, float] = {}
-    bars: list[Bar] = []
-    clock, at = [0.0] * schedule.num_ranks, [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(schedule.orders):
-            while at[rank] < len(order) and (ready := _ready(schedule, order[at[rank]], ended)) is not None:
-                action = order[at[rank]]
-                start = max(clock[rank], ready)
-                clock[rank] = ended[action] = start + costs[action.phase is Phase.BACKWARD]
-                bars.append(_action_bar(schedule, action, rank, start, clock[rank]))
-                at[rank] += 1
-                moved = True
-    stuck = [(rank, order[at[rank]]) for rank, order in enumerate(schedule.orders) if at[rank] < len(order)]
-    if stuck:
-        where = "; ".join(f"rank {rank} at {action}" for rank, action in stuck)
-        raise PlanError(f"the ranks of this schedule wait for each other: {where}")
-    return tuple(sorted(bars, key=lambda bar: (bar.rank, bar.start_seconds)))
-
-
-def _ready(schedule: Schedule, action: Action, ended: dict[Action, float]) -> float | None:
-    """When the stage before, in the direction of the action, hands its result over; None: not yet known."""
-    before = action.stage + (-1 if action.phase is Phase.FORWARD else 1)
-    if not 0 <= before < schedule.num_stages:
-        return 0.0
-    return ended.get(evolve(action, stage=before))
-
-
-def _action_bar(schedule: Schedule, action: Action, rank: int, start: float, end: float) -> Bar:
-    """The bar of one action; its name gives the stage only where a rank holds several."""
-    several = schedule.num_stages > schedule.num_ranks
-    return Bar(
-        rank=rank,
-        activity="forward" if action.phase is Phase.FORWARD else "backward",
-        start_seconds=start,
-        end_seconds=end,
-        label=str(action) if several else f"{action.phase}{action.microbatch}",
-    )
 
 
 def column_activities(bars: Iterable[Bar], *, span_seconds: float, columns: int) -> list[str]:

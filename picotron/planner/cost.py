@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any, overload
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, Factory, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
+from picotron.planner.body import COLLECTIVES, Bodies, Body, Operation, SegmentBody
 from picotron.planner.cluster import (
     ClusterSpec,
     LinkSpec,
@@ -25,6 +26,7 @@ from picotron.planner.cluster import (
 from picotron.planner.collectives import collective_seconds
 from picotron.planner.layout import local_numel
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.program import Kind
 from picotron.planner.topology import Coordinate, group_size, groups
 from picotron.planner.workload import MOMENTS
 
@@ -80,10 +82,15 @@ class SegmentCost:
 
 @frozen(kw_only=True)
 class StageCost:
-    """Seconds of one microbatch on one stage, by segment in the order each phase runs them."""
+    """Seconds of one microbatch on one stage, by segment in the order each phase runs them.
+
+    Left out, I takes what B takes, and W nothing.
+    """
 
     forward: tuple[SegmentCost, ...]
     backward: tuple[SegmentCost, ...]
+    backward_input: tuple[SegmentCost, ...] = field(default=Factory(lambda self: self.backward, True))
+    backward_weight: tuple[SegmentCost, ...] = ()
     update_seconds: float
 
     @property
@@ -97,9 +104,27 @@ class StageCost:
         return sum(segment.seconds for segment in self.backward)
 
     @property
-    def compute_seconds(self) -> float:
-        """One F and one B without their collectives."""
-        return sum(segment.compute_seconds for segment in (*self.forward, *self.backward))
+    def backward_input_seconds(self) -> float:
+        """One I."""
+        return sum(segment.seconds for segment in self.backward_input)
+
+    @property
+    def backward_weight_seconds(self) -> float:
+        """One W."""
+        return sum(segment.seconds for segment in self.backward_weight)
+
+    def compute_seconds(self, kind: Kind) -> float:
+        """One action of ``kind`` without its collectives."""
+        return sum(segment.compute_seconds for segment in of_kind(self, kind))
+
+
+@overload
+def of_kind(value: StageCost, kind: Kind) -> tuple[SegmentCost, ...]: ...
+@overload
+def of_kind(value: Bodies, kind: Kind) -> Body: ...
+def of_kind(value: StageCost | Bodies, kind: Kind) -> Any:
+    """What ``value``, the bodies or the cost of a stage, has for rows of ``kind``."""
+    return getattr(value, kind.name.lower())
 
 
 def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
@@ -130,9 +155,10 @@ def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int)
 
 
 def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
-    """Seconds of one transfer between neighbouring stages, on the slowest such pair."""
+    """Seconds of one transfer between neighbouring stages, on the slowest pair of ranks that hold such."""
+    neighbours = {pair for pair in pairwise(plan.schedule.stage_ranks) if pair[0] != pair[1]}
     pipes = groups(plan.topology, "pp")
-    pairs = [pair for pipe in pipes for pair in pairwise(pipe)]
+    pairs = [(pipe[left], pipe[right]) for pipe in pipes for left, right in sorted(neighbours)]
     if not pairs:
         return 0.0
     return collective_seconds("send", payload_bytes, 2, _slowest_link(plan, pairs, link_between))
@@ -157,7 +183,7 @@ def stage_cost(plan: TrainingPlan, stage: int, tp_index: int = 0) -> StageCost:
 def stage_costs(plan: TrainingPlan, tp_index: int = 0) -> tuple[StageCost, ...]:
     """``stage_cost`` of every stage."""
     price = _prices(plan)
-    return tuple(_stage_cost(plan, stage, tp_index, price) for stage in range(plan.topology.pp))
+    return tuple(_stage_cost(plan, stage, tp_index, price) for stage in range(plan.num_stages))
 
 
 def _prices(plan: TrainingPlan) -> Callable[[Operation], CollectiveCost]:
@@ -189,10 +215,12 @@ def _stage_cost(
     def costs(body: Body) -> tuple[SegmentCost, ...]:
         return tuple(map(segment_cost, body.segments))
 
-    forward, backward = plan.bodies(stage, tp_index)
+    bodies = plan.bodies(stage, tp_index)
     return StageCost(
-        forward=costs(forward),
-        backward=costs(backward),
+        forward=costs(bodies.forward),
+        backward=costs(bodies.backward),
+        backward_input=costs(bodies.backward_input),
+        backward_weight=costs(bodies.backward_weight),
         update_seconds=update_seconds(plan, stage, tp_index),
     )
 
@@ -203,8 +231,8 @@ def update_seconds(plan: TrainingPlan, stage: int, tp_index: int = 0) -> float:
     Gradients are read three times and written twice; parameters, main weights and moments are read and
     written once. Of experts, those that the first expert-parallel rank holds.
     """
-    where = Coordinate(pp=stage, tp=tp_index)
-    own = [local_numel(p, where) for p in plan.held(where)]
+    where = Coordinate(pp=plan.stage_rank(stage), tp=tp_index)
+    own = [local_numel(p, where) for p in plan.stage_held(stage, where)]
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     per_element = 5 * form.gradient + 2 * (form.compute + form.main + moments * form.moment)
     device, reached = plan.cluster.device, plan.cluster.efficiency

@@ -36,7 +36,7 @@ def embedding_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
         )
 
 
-def _vocabulary_masks(ops: Operations) -> list[Tensor]:
+def _vocabulary_masks(ops: Operations, reads: Iterable[Tensor] = ()) -> list[Tensor]:
     """Which tokens fall into this rank's slice of the vocabulary."""
     d = ops.d
     local, outside = (
@@ -45,20 +45,26 @@ def _vocabulary_masks(ops: Operations) -> list[Tensor]:
     )
     below = ops.tensor("below", d.tokens, itemsize=1)
     ops.kernel(
-        "vocabulary slice", d.tokens, passes=4, kernels=5, creates=[local, outside, below], frees=[below]
+        "vocabulary slice",
+        d.tokens,
+        passes=4,
+        kernels=5,
+        creates=[local, outside, below],
+        frees=[below],
+        reads=reads,
     )
     return [local, outside]
 
 
 def embedding_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
-    """Embedding, backward."""
-    d, incoming = ops.d, ops.g(1)
+    """Embedding, backward: weight gradients alone."""
+    d, incoming, ids = ops.d, ops.g(1), _token_ids(ops)
     if model.rope_theta is None:
-        ops.kernel("position gradient", d.local_tokens * d.hidden, passes=3)
-    full = ops.gathered("gather gradient", incoming, keep=True)
-    masks = _vocabulary_masks(ops) if d.tp > 1 else []
-    frees = [*dict.fromkeys((full, incoming)), *masks, _token_ids(ops)]
-    ops.kernel("table gradient", d.tokens * d.hidden, passes=3, frees=frees)
+        ops.kernel("position gradient", d.local_tokens * d.hidden, passes=3, reads=[incoming])
+    full = ops.gathered("gather gradient", incoming, keep=True, for_weights=True)
+    masks = _vocabulary_masks(ops, reads=[ids]) if d.tp > 1 else []
+    held = [*dict.fromkeys((full, incoming)), *masks, ids]
+    ops.kernel("table gradient", d.tokens * d.hidden, passes=3, frees=held, reads=held)
 
 
 def head_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
@@ -123,8 +129,8 @@ def head_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None
     d = ops.d
     ops.is_last = True
     logits = ops.saved("logits", d.tokens * d.vocab)
-    source = ops.gathered("gather head input", ops.norm_again(model))
-    ops.matmul("head weight", d.vocab, d.tokens, d.hidden, frees=[source])
+    source = ops.gathered("gather head input", ops.norm_again(model), for_weights=True)
+    ops.matmul("head weight", d.vocab, d.tokens, d.hidden, frees=[source], reads=[logits, source])
     full = ops.dnormed(model)
     ops.matmul("head input", d.tokens, d.vocab, d.hidden, creates=[full], frees=[logits])
     ops.norm_backward(model, full)
@@ -234,11 +240,11 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     """Attention, backward."""
     d = ops.d
     width = d.heads * d.head_dim
-    output_backward(ops, width, into="dcontext", bias=model.output_bias)
+    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
+    output_backward(ops, context, width, into="dcontext", bias=model.output_bias)
     sizes = _projections(model, d)
     inputs = [ops.saved(name, d.tokens * size) for name, size in sizes]
     gradients = [ops.tensor(f"d{name}", d.tokens * size) for name, size in sizes]
-    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
     attend(ops, forward=False, creates=gradients, frees=[*inputs, context, log_sum_exp(ops), dcontext])
     _rotate(ops, model)
     if model.qk_norm:
@@ -247,9 +253,9 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
             raw = ops.saved(f"{name}_raw", d.tokens * heads * d.head_dim)
             statistics, _ = _head_norm_tensors(ops, name, heads)
             ops.kernel("free", 0, kernels=0, frees=[raw, statistics])
-    source = ops.gathered("gather attention input", ops.norm_again(model))
-    for name, size in sizes:
-        ops.matmul(f"{name}_proj weight", size, d.tokens, d.hidden)
+    source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
+    for (name, size), gradient in zip(sizes, gradients, strict=True):
+        ops.matmul(f"{name}_proj weight", size, d.tokens, d.hidden, reads=[gradient, source])
         if model.qkv_bias:
             _bias_gradient(ops, f"{name}_proj", d.tokens, size)
     ops.kernel("free", 0, kernels=0, frees=[source])
@@ -272,14 +278,18 @@ def _bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:
 
 
 def output_backward(
-    ops: Operations, width: int, *, into: str, before: Iterable[Tensor] = (), bias: bool = False
+    ops: Operations, source: Tensor, width: int, *, into: str, last: bool = False, bias: bool = False
 ) -> None:
-    """Weight and input gradients of the row-parallel product; ``before`` dies after the weight's."""
+    """Weight and input gradients of the row-parallel product of ``source``.
+
+    ``last``: nobody but the weight's gradient needs ``source``.
+    """
     d, incoming = ops.d, ops.g(1)
     if bias:
         _bias_gradient(ops, "output", d.local_tokens, d.hidden)
     full = ops.gathered("gather gradient", incoming, keep=True)
-    ops.matmul("output weight", d.hidden, d.tokens, width, frees=before)
+    frees = [source] if last else []
+    ops.matmul("output weight", d.hidden, d.tokens, width, frees=frees, reads=[full, source])
     frees = [full] if d.sequence_parallel else []
     ops.matmul(
         "output input", d.tokens, d.hidden, width, creates=[ops.tensor(into, d.tokens * width)], frees=frees
@@ -307,10 +317,10 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     """Fused attention, backward."""
     d = ops.d
     width = d.heads * d.head_dim
-    output_backward(ops, width, into="dcontext", bias=True)
+    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
+    output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
     attend(ops, forward=False, creates=parts, frees=[qkv, context, log_sum_exp(ops), dcontext])
     fused = ops.tensor("dqkv", d.tokens * 3 * width)
     ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
@@ -322,8 +332,8 @@ def _biased_input_backward(
 ) -> None:
     """Backward of the biased column-parallel product after the norm."""
     d = ops.d
-    source = ops.gathered(f"gather {name} input", ops.norm_again(model))
-    ops.matmul(f"{name} weight", d.hidden, d.tokens, width, frees=[source])
+    source = ops.gathered(f"gather {name} input", ops.norm_again(model), for_weights=True)
+    ops.matmul(f"{name} weight", d.hidden, d.tokens, width, frees=[source], reads=[gradient, source])
     _bias_gradient(ops, name, d.tokens, width)
     full = ops.dnormed(model)
     ops.matmul(f"{name} input", d.tokens, width, d.hidden, creates=[full], frees=[gradient])
@@ -354,18 +364,19 @@ def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
         ops.tensor(name, size) for name in ("active", "product", "dproduct", "dgate")
     )
     ops.kernel("swiglu again", size, passes=5, kernels=2, creates=[active, product])
-    output_backward(ops, d.intermediate, into="dproduct", before=[product], bias=model.mlp_bias)
+    output_backward(ops, product, d.intermediate, into="dproduct", last=True, bias=model.mlp_bias)
+    dup = active  # the gradient of up takes its place
     ops.kernel("up gradient", size, passes=6, kernels=2, frees=[up])
     ops.kernel("gate gradient", size, passes=3, creates=[dgate], frees=[dproduct, gate])
-    source = ops.gathered("gather mlp input", ops.norm_again(model))
-    for name in ("gate", "up"):
-        ops.matmul(f"{name} weight", d.intermediate, d.tokens, d.hidden)
+    source = ops.gathered("gather mlp input", ops.norm_again(model), for_weights=True)
+    for name, gradient in (("gate", dgate), ("up", dup)):
+        ops.matmul(f"{name} weight", d.intermediate, d.tokens, d.hidden, reads=[gradient, source])
         if model.mlp_bias:
             _bias_gradient(ops, name, d.tokens, d.intermediate)
     ops.kernel("free", 0, kernels=0, frees=[source])
     full = ops.dnormed(model)
     ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
-    ops.matmul("up input", d.tokens, d.intermediate, d.hidden, frees=[dgate, active])
+    ops.matmul("up input", d.tokens, d.intermediate, d.hidden, frees=[dgate, dup])
     ops.norm_backward(model, full)
 
 
@@ -392,6 +403,6 @@ def plain_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
         *(ops.tensor(name, size) for name in ("active", "dactive", "dfc")),
     )
     ops.kernel("gelu again", size, creates=[active])
-    output_backward(ops, d.intermediate, into="dactive", before=[active], bias=True)
+    output_backward(ops, active, d.intermediate, into="dactive", last=True, bias=True)
     ops.kernel("gelu gradient", size, passes=3, creates=[dfc], frees=[dactive, fc])
     _biased_input_backward(ops, model, "fc", dfc, d.intermediate)

@@ -13,40 +13,36 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from picotron.errors import PlanError
 from picotron.planner.chart import (
-    ACTIVITIES,
+    COMPUTING,
     FILLS,
-    UNIT_COSTS,
     Bar,
     clock_name,
-    column_activities,
     compute_bars,
     decimals,
     human_bytes,
     human_seconds,
     rank_ranges,
-    round_values,
-    schedule_bars,
     time_ticks,
 )
+from picotron.planner.grid import (
+    WIDTH,
+    axis,
+    by_rank,
+    joined,
+    legend,
+    nearest,
+    shown_strip,
+    strips,
+    windows_of,
+)
 from picotron.planner.memory import MemoryTimeline, memory_timeline
-from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
 from picotron.planner.program import Row, rows
 from picotron.planner.timeline import Timeline
 from picotron.planner.topology import Coordinate, Topology, rank_of
 
-WIDTH = 100
-_MEANINGS: dict[str, str] = {
-    "idle": "idle",
-    "forward": "forward",
-    "backward": "backward",
-    "wait": "exposed transfer or reduction",
-    "collective": "collective",
-    "update": "update",
-}
 _MEMORY_LETTERS = {"parameters": "P", "gradients": "G", "optimizer": "O", "activations": "A", "other": "x"}
 _MEMORY_HEADS = ("params", "grads", "optim", "activ", "other", "peak")
 _CLOSE_TO_SCALE = 8  # a capacity more than this many times the peak is named, not drawn
@@ -59,103 +55,6 @@ def _percent(fraction: float) -> str:
 
 def _rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
-
-
-def _chart_rows(own: dict[int, list[Bar]], *, span_seconds: float, columns: int) -> list[str]:
-    """Each rank's columns. Actions bear their names if most have room for theirs, else none does."""
-
-    def edges(bar: Bar) -> tuple[int, int]:
-        first, last = (_nearest(t / span_seconds * columns) for t in (bar.start_seconds, bar.end_seconds))
-        return first, last
-
-    def has_room(bar: Bar) -> bool:
-        first, last = edges(bar)
-        return last - first >= len(bar.label)
-
-    actions = [
-        has_room(bar) for bars in own.values() for bar in bars if bar.activity in ("forward", "backward")
-    ]
-    named = 2 * sum(actions) > len(actions)
-    out = []
-    for bars in own.values():
-        cells = [FILLS[name] for name in column_activities(bars, span_seconds=span_seconds, columns=columns)]
-        for bar in bars:
-            if named and bar.label and has_room(bar):
-                first, last = edges(bar)
-                cells[first:last] = bar.label.ljust(last - first, FILLS[bar.activity])
-        out.append("".join(cells))
-    return out
-
-
-def _axis(ticks: Iterable[tuple[int, str]], first: int, stop: int) -> str:
-    """Tick marks with their texts, for chart columns ``first`` to ``stop``; what has no room is left out."""
-    line = ""
-    for column, text in ticks:
-        offset, mark = column - first, f"|{text}"
-        if offset >= len(line) + (offset > 0) and offset + len(mark) <= stop - first:
-            line = line.ljust(offset) + mark
-    return line.ljust(stop - first)
-
-
-def _legend(bars: Iterable[Bar]) -> str:
-    """The fills that the bars need, each with its meaning."""
-    present = {"idle"} | {bar.activity for bar in bars}
-    return ", ".join(f"{FILLS[name]} {_MEANINGS[name]}" for name in ACTIVITIES if name in present)
-
-
-def _by_rank(bars: Iterable[Bar], ranks: Iterable[int]) -> dict[int, list[Bar]]:
-    found: dict[int, list[Bar]] = {rank: [] for rank in ranks}
-    for bar in bars:
-        found[bar.rank].append(bar)
-    return found
-
-
-def draw_schedule(schedule: Schedule, costs: tuple[float, float] | None = None, *, width: int = WIDTH) -> str:
-    """The classic grid of a schedule: one row a rank, equal columns of time, transfers free.
-
-    ``costs`` are the time units of one F and one B, 1 and 2 unless given. A grid wider than ``width`` shows
-    its beginning and its end, and says so.
-    """
-    costs = UNIT_COSTS if costs is None else costs
-    if min(costs) <= 0:
-        raise PlanError(f"costs must be positive time units of an F and a B, got {costs}")
-    bars = schedule_bars(schedule, costs)
-    units = max(bar.end_seconds for bar in bars)
-    unit_columns = math.ceil(max(len(bar.label) for bar in bars) / min(costs))
-    columns = math.ceil(units * unit_columns)
-    names = [f"rank {rank}" for rank in range(schedule.num_ranks)]
-    margin = len(names[-1]) + 2
-    windows = _windows(columns, room=width - margin, unit_columns=unit_columns)
-    span, own = columns / unit_columns, _by_rank(bars, range(schedule.num_ranks))
-    texts = _chart_rows(own, span_seconds=span, columns=columns)
-    ticks = [(_nearest(at * unit_columns), f"{at:g}") for at in round_values(units, columns // 10)]
-    shown = " and ".join(f"{first / unit_columns:g}-{stop / unit_columns:g}" for first, stop in windows)
-    return _joined(
-        [
-            f"{schedule.name}: {len(names)} ranks, {schedule.num_microbatches} microbatches, {units:g} time "
-            f"units{f', shown: {shown}' if len(windows) > 1 else ''}",
-            *(
-                name.ljust(margin) + " … ".join(text[first:stop] for first, stop in windows)
-                for name, text in zip(names, texts, strict=True)
-            ),
-            "units".ljust(margin) + " … ".join(_axis(ticks, first, stop) for first, stop in windows),
-            _legend(bars),
-        ],
-        width,
-    )
-
-
-def _windows(columns: int, *, room: int, unit_columns: int) -> list[tuple[int, int]]:
-    """The chart columns to show: all, or the first and the last whole units that fit with an ellipsis."""
-    if columns <= room:
-        return [(0, columns)]
-    first = max(1, (room - 3) // 2 // unit_columns) * unit_columns
-    last = max(1, (room - 3 - first) // unit_columns) * unit_columns
-    return [(0, first), (columns - last, columns)]
-
-
-def _nearest(value: float) -> int:
-    return math.floor(value + 0.5)
 
 
 def draw_timeline(
@@ -176,20 +75,20 @@ def draw_timeline(
     margin = max(map(len, names)) + 2
     room, span = width - margin, max(timeline.makespan_seconds, 1e-12)
     columns = _visible_columns(bars, span_seconds=span, room=room)
-    windows = _windows(columns, room=room, unit_columns=1)
-    rows = _chart_rows(_by_rank(bars, ranks), span_seconds=span, columns=columns)
-    ticks = [(_nearest(at / span * columns), text) for at, text in time_ticks(span, columns // 12)]
+    windows = windows_of(columns, room=room, unit_columns=1)
+    rows = strips(by_rank(bars, ranks), span_seconds=span, columns=columns)
+    ticks = [(nearest(at / span * columns), text) for at, text in time_ticks(span, columns // 12)]
     part = " (its beginning and its end)" if len(windows) > 1 else ""
-    return _joined(
+    return joined(
         [
             f"one step{part}: {human_seconds(span)} ({clock_name(timeline)}); a column is "
             f"{human_seconds(span / columns)} and shows what took most of it",
             *(
-                name.ljust(margin) + " … ".join(text[first:stop] for first, stop in windows)
-                for name, text in zip(names, rows, strict=True)
+                name.ljust(margin) + shown_strip(strip, windows)
+                for name, strip in zip(names, rows, strict=True)
             ),
-            "time".ljust(margin) + " … ".join(_axis(ticks, first, stop) for first, stop in windows),
-            _legend(bars),
+            "time".ljust(margin) + " … ".join(axis(ticks, first, stop) for first, stop in windows),
+            legend(bars),
         ],
         width,
     )
@@ -197,24 +96,11 @@ def draw_timeline(
 
 def _visible_columns(bars: Iterable[Bar], *, span_seconds: float, room: int) -> int:
     """Columns of the whole span: ``room`` if a typical action has one, else LEGIBLE_COLUMNS for each."""
-    lengths = [b.end_seconds - b.start_seconds for b in bars if b.activity in ("forward", "backward")]
+    lengths = [b.end_seconds - b.start_seconds for b in bars if b.activity in COMPUTING]
     typical = float(np.median(lengths)) if lengths else span_seconds
     if typical / span_seconds * room >= 1:
         return room
     return math.ceil(span_seconds / typical * LEGIBLE_COLUMNS)
-
-
-def _joined(lines: Iterable[str], width: int) -> str:
-    """The lines, each at most ``width`` wide: a longer one goes on below, indented."""
-    return "\n".join(piece.rstrip() for line in lines for piece in _wrapped(line, width))
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    if len(line.rstrip()) <= width:
-        return [line]
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    whole = line.replace(" GiB", "\0GiB")  # a number keeps its unit
-    return [piece.replace("\0", " ") for piece in textwrap.wrap(whole, width, subsequent_indent=indent)]
 
 
 def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
@@ -223,7 +109,7 @@ def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     Neighbouring columns are merged until the grid fits; ``a-b`` is every rank from a to b, ``a-b:k`` every
     k-th. Each rank stands in exactly one cell.
     """
-    names = [f"{name}: {held}" for name, held in zip(_stage_names(plan), stage_contents(plan), strict=True)]
+    names = [f"{name}: {held}" for name, held in zip(stage_names(plan), stage_contents(plan), strict=True)]
     margin = max(map(len, names)) + 2
     for merged in _column_merges(plan.topology):
         heads, cells = _grid_cells(plan.topology, merged)
@@ -237,22 +123,29 @@ def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
             [text] if len(text) <= width - margin else textwrap.wrap(text.replace(",", ", "), width - margin)
         )
         lines += [(name if piece is pieces[0] else "").ljust(margin) + piece for piece in pieces]
-    return _joined(lines, width)
+    return joined(lines, width)
 
 
-def _stage_names(plan: TrainingPlan) -> tuple[str, ...]:
-    digits = len(str(plan.topology.pp - 1))
-    return tuple(f"stage {stage:>{digits}}" for stage in range(plan.topology.pp))
+def stage_names(plan: TrainingPlan) -> tuple[str, ...]:
+    """What each pipeline rank's row is called: ``stage 3``, or ``stages 3,4``."""
+    digits = len(str(plan.num_stages - 1))
+    several = "s" * (plan.virtual_stages > 1)
+    return tuple(
+        f"stage{several} " + ",".join(f"{stage:>{digits}}" for stage in plan.rank_stages(rank))
+        for rank in range(plan.topology.pp)
+    )
 
 
 def stage_contents(plan: TrainingPlan) -> tuple[str, ...]:
-    """What each pipeline stage holds: ``embedding, layers 0-3``."""
-    out, first, last = [], 0, plan.topology.pp - 1
+    """What the stages of each pipeline rank hold: ``embedding, layers 0-3``."""
+    out, first, last = [], 0, plan.num_stages - 1
     for stage, count in enumerate(plan.stage_layers):
         layers = f"layers {first}-{first + count - 1}" if count > 1 else f"layer {first}"
         out.append("embedding, " * (stage == 0) + layers + ", head" * (stage == last))
         first += count
-    return tuple(out)
+    return tuple(
+        "; ".join(out[stage] for stage in plan.rank_stages(rank)) for rank in range(plan.topology.pp)
+    )
 
 
 def _column_merges(topology: Topology) -> list[tuple[int, int]]:
@@ -292,10 +185,9 @@ def _grid_cells(topology: Topology, merged: tuple[int, int]) -> tuple[list[str],
 
 
 def stage_memory(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
-    """The fullest rank of each stage: its first, which holds the largest slices."""
+    """The fullest rank at each pipeline coordinate: its first, which holds the largest slices."""
     return tuple(
-        memory_timeline(plan, rank_of(plan.topology, Coordinate(pp=stage)))
-        for stage in range(plan.topology.pp)
+        memory_timeline(plan, rank_of(plan.topology, Coordinate(pp=pp))) for pp in range(plan.topology.pp)
     )
 
 
@@ -318,7 +210,7 @@ def draw_memory(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     drawn = capacity <= _CLOSE_TO_SCALE * peak
     scale = max(capacity, peak) if drawn else peak
     unit, unit_bytes = ("GiB", 2**30) if peak >= 2**30 else ("MiB", 2**20)
-    names = _stage_names(plan)
+    names = stage_names(plan)
     margin = max(map(len, names)) + 1
     bar_columns = width - margin - 8 * (len(_MEMORY_LETTERS) + 1) - 2
     mark = "| is" if drawn else f"{_percent(scale / capacity)} of"
@@ -334,7 +226,7 @@ def draw_memory(plan: TrainingPlan, *, width: int = WIDTH) -> str:
         bar = _memory_bar(split, scale, bar_columns, capacity if drawn else None)
         lines.append(f"{name.ljust(margin)}{texts}  {bar}")
     lines.append(", ".join(f"{letter} {name}" for name, letter in _MEMORY_LETTERS.items()))
-    return _joined(lines, width)
+    return joined(lines, width)
 
 
 def _memory_bar(split: dict[str, int], scale: int, columns: int, capacity: int | None) -> str:
@@ -342,7 +234,7 @@ def _memory_bar(split: dict[str, int], scale: int, columns: int, capacity: int |
     bar, total = "", 0
     for name, size in split.items():
         total += size
-        bar = bar.ljust(_nearest(total / scale * columns), _MEMORY_LETTERS[name])
+        bar = bar.ljust(nearest(total / scale * columns), _MEMORY_LETTERS[name])
     bar = bar.ljust(columns, FILLS["idle"])
     if capacity is None:
         return bar
@@ -376,7 +268,7 @@ def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
     verdict = (
         ["fits: yes"] if prediction.fits else ["fits: NO", *(f"  {line}" for line in prediction.misfits)]
     )
-    return _joined(["predicted for one step, nothing has run", *lines, *verdict], width)
+    return joined(["predicted for one step, nothing has run", *lines, *verdict], width)
 
 
 def _figure(name: str, value: str) -> str:
@@ -389,9 +281,9 @@ def draw_plan(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     program = plan.program()
     programs = [rows(program, stage) for stage in range(plan.topology.pp)]
     sections = [
-        _joined([*_headline(plan), *(f"  chosen {choice}" for choice in plan.chosen)], width),
+        joined([*_headline(plan), *(f"  chosen {choice}" for choice in plan.chosen)], width),
         draw_grid(plan, width=width),
-        draw_timeline(prediction.timeline, programs, width=width, labels=_stage_names(plan)),
+        draw_timeline(prediction.timeline, programs, width=width, labels=stage_names(plan)),
         draw_memory(plan, width=width),
         draw_prediction(prediction, width=width),
     ]

@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.clock import Operation, Span, advance
-from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored
 
 
@@ -243,8 +243,8 @@ def _row_stream(own: Lane, lane: int, row: Row) -> Stream:
 
 
 def _segments(own: Lane, stage: int, kind: Kind) -> Sequence[SegmentCost]:
-    cost = own.stages[stage]
-    return cost.forward if kind is Kind.FORWARD else cost.backward
+    found: Sequence[SegmentCost] = of_kind(own.stages[stage], kind)
+    return found
 
 
 def _parts(own: Lane, segment: SegmentCost) -> Iterator[_Part]:

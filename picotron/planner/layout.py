@@ -38,7 +38,7 @@ class Cut:
 
 @frozen(kw_only=True)
 class Placement:
-    """Where one parameter lives in one pipeline stage.
+    """Where one parameter lives in one pipeline stage, which pipeline rank ``rank`` holds.
 
     ``replicated``: axes whose ranks hold identical values. ``partial``: groups, in order, over which a
     rank's gradient must be summed to be the whole. ``tied_to``: the parameter of another stage that this
@@ -51,6 +51,7 @@ class Placement:
     role: str
     init: str
     stage: int
+    rank: int
     segment: int
     cut: Cut | None
     replicated: tuple[str, ...]
@@ -81,10 +82,10 @@ def cut_ranges(cut: Cut, size: int, index: int) -> tuple[Range, ...]:
 def is_held(placement: Placement, topology: Topology, where: Coordinate) -> bool:
     """Whether the rank at ``where`` holds any of ``placement``."""
     if placement.expert is None:
-        return where.pp == placement.stage
+        return where.pp == placement.rank
     index, num_experts = placement.expert
     first, stop = even_ranges(num_experts, topology.ep)[where.ep]
-    return where.pp == placement.stage and first <= index < stop
+    return where.pp == placement.rank and first <= index < stop
 
 
 def local_shape(placement: Placement, where: Coordinate) -> tuple[int, ...]:
@@ -111,21 +112,29 @@ def counts_in_norm(placement: Placement, where: Coordinate) -> bool:
 
 
 def layout(
-    model: ModelSpec, topology: Topology, stage_layers: tuple[int, ...], *, sequence_parallel: bool
+    model: ModelSpec,
+    topology: Topology,
+    stage_layers: tuple[int, ...],
+    *,
+    sequence_parallel: bool,
+    stage_ranks: tuple[int, ...] | None = None,
 ) -> tuple[Placement, ...]:
     """Every placement, in order of stage and segment; ``stage_layers`` is the number of layers a stage.
 
-    With tied embeddings and more than one stage the last stage holds its own copy of the table, under the
-    name ``lm_head.weight``, tied to the first stage's.
+    ``stage_ranks``: the pipeline rank of each stage, stage s on rank s unless given. With tied embeddings and
+    first and last stage on two ranks the last stage holds its own copy of the table, under the name
+    ``lm_head.weight``, tied to the first stage's. On one rank the two share the table.
     """
+    ranks = tuple(range(len(stage_layers))) if stage_ranks is None else stage_ranks
+    apart = model.tied_embeddings and ranks[0] != ranks[-1]
     placements = [
-        _placement(model, topology, parameter, stage, index, sequence_parallel)
+        _placement(model, topology, parameter, (stage, ranks[stage], index), sequence_parallel, apart)
         for stage, own in enumerate(stage_segments(model, stage_layers))
         for index, segment in enumerate(own)
         for parameter in segment.parameters
     ]
-    if model.tied_embeddings and topology.pp > 1:
-        placements.append(_tied_head(placements, topology, stage_layers))
+    if apart:
+        placements.append(_tied_head(placements, ranks))
     return tuple(placements)
 
 
@@ -145,10 +154,11 @@ def _placement(
     model: ModelSpec,
     topology: Topology,
     parameter: Parameter,
-    stage: int,
-    segment: int,
+    place: tuple[int, int, int],
     sequence_parallel: bool,
+    apart: bool,
 ) -> Placement:
+    """``place``: stage, pipeline rank and segment. ``apart``: a tied table has a copy on another rank."""
     is_expert = parameter.role.startswith("expert_")
     cut = _cut(model, topology, parameter, axis="etp" if is_expert else "tp")
     return Placement(
@@ -156,11 +166,12 @@ def _placement(
         shape=parameter.shape,
         role=parameter.role,
         init=parameter.init,
-        stage=stage,
-        segment=segment,
+        stage=place[0],
+        rank=place[1],
+        segment=place[2],
         cut=cut,
         replicated=("edp",) if is_expert else ("dp", "cp") if cut else ("dp", "cp", "tp"),
-        partial=_partial_groups(model, topology, parameter, cut, sequence_parallel),
+        partial=_partial_groups(topology, parameter, cut, sequence_parallel, apart),
         expert=(_expert_index(parameter.name), model.experts.num_experts)
         if is_expert and model.experts
         else None,
@@ -177,7 +188,7 @@ def _cut(model: ModelSpec, topology: Topology, parameter: Parameter, *, axis: st
 
 
 def _partial_groups(
-    model: ModelSpec, topology: Topology, parameter: Parameter, cut: Cut | None, sequence_parallel: bool
+    topology: Topology, parameter: Parameter, cut: Cut | None, sequence_parallel: bool, apart: bool
 ) -> tuple[str, ...]:
     rule = CUT_RULES[parameter.role]
     found = []
@@ -189,14 +200,14 @@ def _partial_groups(
         found += ["edp"] * (topology.edp > 1)
     else:
         found += ["dp_cp"] * (topology.dp * topology.cp > 1)
-    if parameter.role == "embedding" and model.tied_embeddings and topology.pp > 1:
+    if parameter.role == "embedding" and apart:
         found.append("embedding")
     return tuple(found)
 
 
-def _tied_head(placements: list[Placement], topology: Topology, stage_layers: tuple[int, ...]) -> Placement:
+def _tied_head(placements: list[Placement], stage_ranks: tuple[int, ...]) -> Placement:
     table = next(p for p in placements if p.role == "embedding")
-    last = len(stage_layers) - 1
+    last = len(stage_ranks) - 1
     head_segment = max(p.segment for p in placements if p.stage == last)
     return Placement(
         name="lm_head.weight",
@@ -204,6 +215,7 @@ def _tied_head(placements: list[Placement], topology: Topology, stage_layers: tu
         role="head",
         init=table.init,
         stage=last,
+        rank=stage_ranks[last],
         segment=head_segment,
         cut=table.cut,
         replicated=table.replicated,

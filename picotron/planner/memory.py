@@ -14,9 +14,10 @@ import numpy as np
 from attrs import cmp_using, define, field, frozen
 
 from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_memory
+from picotron.planner.cost import of_kind
 from picotron.planner.layout import counts_in_norm, local_numel
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import STATISTICS_BYTES, Kind, Row, rows
+from picotron.planner.program import COMPUTE, STATISTICS_BYTES, Kind, Row, rows
 from picotron.planner.topology import Coordinate, coordinate
 from picotron.planner.workload import MOMENTS
 
@@ -70,7 +71,7 @@ def _position_bytes(plan: TrainingPlan, where: Coordinate) -> int:
     """Rotary tables (cosine and sine of half a head), or the indices of learned positions."""
     model, d = plan.model, plan.dims(where.tp)
     if model.rope_theta is None:
-        return d.local_tokens * INDEX_BYTES if where.pp == 0 else 0
+        return d.local_tokens * INDEX_BYTES if where.pp == plan.stage_rank(0) else 0
     rotary = model.latent_attention.qk_rope_head_dim if model.latent_attention else model.head_dim
     return 2 * d.seq_len * (rotary // 2) * d.itemsize
 
@@ -114,7 +115,7 @@ class _Moments:
 
     left: list[np.ndarray] = field(factory=list)
     highest: list[np.ndarray] = field(factory=list)
-    segments: dict[Kind, list[int]] = field(factory=dict)
+    segments: dict[tuple[int, Kind], list[int]] = field(factory=dict)  # by stage and phase
     changes: dict[tuple[Kind, Kind], int] = field(factory=dict)  # by row, and what it waits for
 
     def add(self, left: np.ndarray, highest: np.ndarray) -> int:
@@ -125,7 +126,10 @@ class _Moments:
     def of(self, row: Row, own: Sequence[Row]) -> list[tuple[int, int]]:
         """(operation, moment) of each entry of ``row``: its segments, then the row itself (-1)."""
         concerned = own[row.target].kind if row.kind is Kind.WAIT else row.kind
-        return [*enumerate(self.segments.get(row.kind, ())), (-1, self.changes.get((row.kind, concerned), 0))]
+        return [
+            *enumerate(self.segments.get((row.stage, row.kind), ())),
+            (-1, self.changes.get((row.kind, concerned), 0)),
+        ]
 
 
 def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
@@ -147,8 +151,11 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
     scratch = change("workspace", _norm_scratch_bytes(plan, where))
     found.left[scratch] = np.zeros_like(found.left[scratch])
     found.changes[Kind.NORM, Kind.NORM] = scratch
-    for kind, body in zip((Kind.FORWARD, Kind.BACKWARD), plan.bodies(where.pp, where.tp), strict=True):
-        found.segments[kind] = [found.add(*segment_memory(segment)) for segment in body.segments]
+    for stage in plan.rank_stages(where.pp):
+        bodies = plan.bodies(stage, where.tp)
+        for kind in COMPUTE:
+            segments = of_kind(bodies, kind).segments
+            found.segments[stage, kind] = [found.add(*segment_memory(segment)) for segment in segments]
     return found
 
 

@@ -41,6 +41,7 @@ class Operations:
         batch: int = 1,
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
+        reads: Iterable[Tensor] = (),
     ) -> None:
         """[m, k] @ [k, n], ``batch`` times."""
         self.operations.append(
@@ -51,6 +52,7 @@ class Operations:
                 moved_bytes=(m * k + k * n + m * n) * batch * self.d.itemsize,
                 creates=tuple(creates),
                 frees=tuple(frees),
+                reads=tuple(reads),
             )
         )
 
@@ -63,6 +65,7 @@ class Operations:
         kernels: int = 1,
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
+        reads: Iterable[Tensor] = (),
     ) -> None:
         """A memory-bound step that reads or writes ``elements`` ``passes`` times in all."""
         self.operations.append(
@@ -73,6 +76,7 @@ class Operations:
                 kernels=kernels,
                 creates=tuple(creates),
                 frees=tuple(frees),
+                reads=tuple(reads),
             )
         )
 
@@ -85,6 +89,7 @@ class Operations:
         group: str = "tp",
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
+        reads: Iterable[Tensor] = (),
     ) -> None:
         """Communication over ``group`` that the segment blocks on."""
         self.operations.append(
@@ -96,15 +101,17 @@ class Operations:
                 payload_bytes=payload_bytes,
                 creates=tuple(creates),
                 frees=tuple(frees),
+                reads=tuple(reads),
             )
         )
 
-    def gathered(self, name: str, local: Tensor, *, keep: bool = False) -> Tensor:
+    def gathered(self, name: str, local: Tensor, *, keep: bool = False, for_weights: bool = False) -> Tensor:
         """All tokens of ``local``: gathered under sequence parallelism, else ``local`` itself."""
         if not self.d.sequence_parallel:
             return local
         full = self.tensor(name, self.d.tokens * self.d.hidden)
-        self.collective("all_gather", name, full.bytes, creates=[full], frees=[] if keep else [local])
+        frees, reads = [] if keep else [local], [local] if for_weights else []
+        self.collective("all_gather", name, full.bytes, creates=[full], frees=frees, reads=reads)
         return full
 
     def reduced(self, name: str, full: Tensor, local: Tensor) -> None:
@@ -136,7 +143,7 @@ class Operations:
         return [self.saved(name, self.d.local_tokens) for name in names]
 
     def norm_again(self, model: ModelSpec) -> Tensor:
-        """The normed input, computed again in backward rather than kept."""
+        """The normed input, computed again for the weight gradients rather than kept."""
         normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
         scratch = (
             [] if model.norm == "rms" else [self.tensor(f"again{i}", self.d.local_tokens) for i in range(2)]
@@ -147,6 +154,7 @@ class Operations:
             passes=4,
             creates=[normed, *scratch],
             frees=scratch,
+            reads=[self.x(), *self.statistics(model)],
         )
         return normed
 

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
-from attrs import Attribute, evolve, field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import instance_of
 
 from picotron.errors import PlanError
 from picotron.planner.actions import (
     B,
     Cell,
+    Columns,
     F,
     I,
     Orders,
     W,
     cells,
     make_orders,
-    parse_cell,
+    parse_cells,
+    stack_orders,
 )
-from picotron.planner.validators import whole
-from picotron.planner.validity import Where, first_offence, held_stages
+from picotron.planner.validators import shown, whole
+from picotron.planner.validity import Offence, Where, first_offence, held_stages, placement
 
 MAX_ACTIONS = 4_000_000  # of one step over all pipeline ranks
 
@@ -56,9 +58,14 @@ class Schedule:
 
     @orders.validator
     def _valid(self, _: Attribute[object], orders: Orders) -> None:
-        if set(self.stage_ranks) != set(range(len(orders))):
+        if not self.stage_ranks or set(self.stage_ranks) != set(range(len(orders))):
             raise PlanError(
                 f"every rank must hold a stage: {len(orders)} ranks, stages on {self.stage_ranks}"
+            )
+        if self.bidirectional and self.num_microbatches % 2:
+            raise PlanError(
+                "a bidirectional schedule needs an even number of microbatches, half of them from each end, "
+                f"got {self.num_microbatches}"
             )
         offence = first_offence(orders, self.where)
         if offence is not None:
@@ -149,16 +156,15 @@ def schedule_from_csv(text: str, *, name: str = "custom") -> Schedule:
 
 def orders_from_csv(text: str) -> Orders:
     """The orders in a text, whether they are a schedule or not. Raises PlanError for a cell that is none."""
-    ranks: list[list[str]] = []
+    if not isinstance(text, str):
+        raise PlanError(f"orders must be a text of lines of cells, got {shown(text)}")
+    ranks: list[Columns] = []
     try:
         for line in csv.reader(io.StringIO(text)):
-            own = [cell for cell in line if cell.strip()]
-            for cell in own:
-                parse_cell(cell)
-            ranks.append(own)
+            ranks.append(parse_cells([cell for cell in line if cell.strip()]))
     except (PlanError, csv.Error) as error:
         raise PlanError(f"line {len(ranks) + 1}: {error}") from None
-    return make_orders(ranks)
+    return stack_orders(ranks)
 
 
 def schedule_of(orders: Orders | Iterable[Iterable[Cell]], *, name: str = "custom") -> Schedule:
@@ -180,26 +186,9 @@ def schedule_of(orders: Orders | Iterable[Iterable[Cell]], *, name: str = "custo
 def where_of(orders: Orders) -> Where:
     """Which rank runs which stage, as the orders themselves tell.
 
-    A stage of two ranks makes them bidirectional if they are each other's mirror image. Raises PlanError
-    where there is nothing to tell, or stages are not numbered from 0.
+    Raises PlanError where they cannot be a schedule: no actions, an idle rank, a gap in the numbers.
     """
-    if not orders.num_actions:
-        raise PlanError("a schedule needs at least one action, got an empty text")
-    num_microbatches = int(orders.microbatch.max()) + 1
-    owners = dict(_owners(orders))
-    if sorted(owners) != list(range(len(owners))):
-        raise PlanError(f"stages must be numbered from 0 without gaps, got {sorted(owners)}")
-    stage_ranks = tuple(owners[stage] for stage in range(len(owners)))
-    where = Where(stage_ranks=stage_ranks, num_microbatches=num_microbatches)
-    mirrored = evolve(where, bidirectional=True)
-    if num_microbatches % 2 == 0 and first_offence(orders, where) and not first_offence(orders, mirrored):
-        return mirrored
-    return where
-
-
-def _owners(orders: Orders) -> Iterator[tuple[int, int]]:
-    """(stage, rank) of each stage: the rank that runs its least microbatch first."""
-    order = np.lexsort((np.arange(orders.num_actions), orders.microbatch))
-    stages, first = np.unique(orders.stage[order], return_index=True)
-    for stage, index in zip(stages.tolist(), order[first].tolist(), strict=True):
-        yield stage, orders.rank_of(index)
+    found = placement(orders)
+    if isinstance(found, Offence):
+        raise PlanError(found.message)
+    return found

@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from attrs import Attribute, field, frozen
+import numpy as np
+from attrs import Attribute, evolve, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import Body, Dims, dims
-from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.actions import B, W
+from picotron.planner.body import Bodies, Dims, dims
+from picotron.planner.catalogue import known, make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
 from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
+from picotron.planner.lower import lower
 from picotron.planner.model import ModelSpec, Segment, segments
-from picotron.planner.pipeline import Schedule, schedule_from_csv
-from picotron.planner.program import Program, lower
+from picotron.planner.pipeline import Schedule, loop_ranks, schedule_from_csv, v_ranks
+from picotron.planner.program import Program
 from picotron.planner.split import stage_split
-from picotron.planner.stage import backward_body, forward_body
+from picotron.planner.stage import stage_bodies
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
 from picotron.planner.validators import are_words, as_tuple, is_size, must_be, whole
@@ -42,7 +45,8 @@ def _layers(value: Iterable[int]) -> tuple[int, ...]:
 class TrainingPlan:
     """Everything a rank needs, in one value. Build it with ``plan``; a value that exists is valid.
 
-    ``stage_layers``: decoder layers of each stage. ``schedule_csv`` holds the orders of a custom schedule.
+    A pipeline rank holds ``virtual_stages`` stages, which the schedule places. ``stage_layers``: decoder
+    layers of each stage. ``schedule_csv`` holds the orders of a custom schedule.
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
 
@@ -52,6 +56,7 @@ class TrainingPlan:
     topology: Topology
     schedule_name: str = "1f1b"
     schedule_csv: str | None = None
+    virtual_stages: int = field(default=1, validator=whole(1))
     micro_batch: int = field(default=1, validator=whole(1))
     sequence_parallel: bool = False
     stage_layers: tuple[int, ...] = field(converter=_layers)
@@ -74,9 +79,11 @@ class TrainingPlan:
         if not isinstance(self.sequence_parallel, bool):
             raise PlanError(f"sequence_parallel must be True or False, got {self.sequence_parallel!r}")
         _check_degrees(self.model, self.cluster, self.workload, self.topology, self.micro_batch)
-        if len(self.stage_layers) != self.topology.pp or sum(self.stage_layers) != self.model.num_layers:
+        _check_stages(self.model, self.topology.pp, self.virtual_stages)
+        num_stages = self.topology.pp * self.virtual_stages
+        if len(self.stage_layers) != num_stages or sum(self.stage_layers) != self.model.num_layers:
             raise PlanError(
-                f"stage_layers must give {self.topology.pp} stages all {self.model.num_layers} layers, "
+                f"stage_layers must give {num_stages} stages all {self.model.num_layers} layers, "
                 f"got {self.stage_layers}"
             )
         if self.sequence_parallel and self.topology.tp == 1:
@@ -84,7 +91,8 @@ class TrainingPlan:
         for index in range(self.topology.tp):
             self.dims(index)
         peak_flops_per_second(self.cluster.device, self.workload.precision)
-        _check_schedule(self.schedule, self.topology.pp, self.num_microbatches)
+        _check_actions(2 * num_stages * self.num_microbatches)
+        _check_schedule(self.schedule, self.topology.pp, self.virtual_stages, self.num_microbatches)
         if self.schedule_csv is not None:
             self.program()  # refuses orders whose ranks would wait for each other
 
@@ -114,24 +122,47 @@ class TrainingPlan:
         """The order of actions, made again from its name or read from its CSV."""
         if self.schedule_csv is not None:
             return schedule_from_csv(self.schedule_csv, name=self.schedule_name)
-        return make_schedule(self.schedule_name, self.topology.pp, self.num_microbatches)
+        return make_schedule(self.schedule_name, self.topology.pp, self.num_microbatches, self.virtual_stages)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages over all pipeline ranks."""
+        return len(self.stage_layers)
+
+    def rank_stages(self, pp: int) -> tuple[int, ...]:
+        """The stages that pipeline rank ``pp`` holds, ascending."""
+        return tuple(stage for stage, rank in enumerate(self.schedule.stage_ranks) if rank == pp)
+
+    def stage_rank(self, stage: int) -> int:
+        """The pipeline rank that holds ``stage``."""
+        return self.schedule.stage_ranks[stage]
 
     @cached_property
     def layout(self) -> tuple[Placement, ...]:
         """Where every parameter lives."""
-        return layout(self.model, self.topology, self.stage_layers, sequence_parallel=self.sequence_parallel)
+        return layout(
+            self.model,
+            self.topology,
+            self.stage_layers,
+            sequence_parallel=self.sequence_parallel,
+            stage_ranks=self.schedule.stage_ranks,
+        )
 
     @cached_property
     def stage_layout(self) -> tuple[tuple[Placement, ...], ...]:
         """The placements of each stage."""
-        stages: tuple[list[Placement], ...] = tuple([] for _ in range(self.topology.pp))
+        stages: tuple[list[Placement], ...] = tuple([] for _ in self.stage_layers)
         for placement in self.layout:
             stages[placement.stage].append(placement)
         return tuple(map(tuple, stages))
 
+    def stage_held(self, stage: int, where: Coordinate) -> tuple[Placement, ...]:
+        """The placements of ``stage`` that the rank at ``where`` holds a slice of, in plan order."""
+        return tuple(p for p in self.stage_layout[stage] if is_held(p, self.topology, where))
+
     def held(self, where: Coordinate) -> tuple[Placement, ...]:
         """The placements that the rank at ``where`` holds a slice of, in plan order."""
-        return tuple(p for p in self.stage_layout[where.pp] if is_held(p, self.topology, where))
+        return tuple(p for stage in self.rank_stages(where.pp) for p in self.stage_held(stage, where))
 
     @cached_property
     def stage_segments(self) -> tuple[tuple[Segment, ...], ...]:
@@ -140,16 +171,29 @@ class TrainingPlan:
 
     @cached_property
     def stage_buckets(self) -> tuple[tuple[Bucket, ...], ...]:
-        """Gradient buckets, by stage; of experts, those that the first expert-parallel rank holds."""
+        """Gradient buckets, by stage; of experts, those that the first expert-parallel rank holds.
+
+        A table that embedding and head of one rank share is with the stage that adds to it last.
+        """
         return tuple(
             buckets(
-                self.held(Coordinate(pp=stage)),
-                stage,
-                itemsize=self.format.gradient,
-                bucket_bytes=self.bucket_bytes,
+                self._completed(stage), stage, itemsize=self.format.gradient, bucket_bytes=self.bucket_bytes
             )
-            for stage in range(self.topology.pp)
+            for stage in range(self.num_stages)
         )
+
+    def _completed(self, stage: int) -> tuple[Placement, ...]:
+        """The placements whose gradients are complete after the last W or B of ``stage``."""
+        own = self.stage_held(stage, Coordinate(pp=self.stage_rank(stage)))
+        last = self.num_stages - 1
+        shared = self.model.tied_embeddings and self.stage_rank(0) == self.stage_rank(last)
+        if stage not in (0, last) or last == 0 or not shared or not _later(self.schedule, last, 0):
+            return own
+        tables = tuple(p for p in self.stage_layout[0] if p.role == "embedding")
+        if stage == 0:
+            return tuple(p for p in own if p not in tables)
+        head = len(self.stage_segments[last]) - 1
+        return (*own, *(evolve(table, stage=last, segment=head) for table in tables))
 
     def dims(self, tp_index: int = 0) -> Dims:
         """Local sizes on tensor-parallel rank ``tp_index``."""
@@ -163,17 +207,14 @@ class TrainingPlan:
             tp_index=tp_index,
         )
 
-    def bodies(self, stage: int, tp_index: int = 0) -> tuple[Body, Body]:
-        """Forward and backward of one microbatch on ``stage``."""
+    def bodies(self, stage: int, tp_index: int = 0) -> Bodies:
+        """What ``stage`` does with one microbatch, phase by phase."""
         own, local = self.stage_segments[stage], self.dims(tp_index)
-        return (
-            forward_body(self.model, self.topology, stage, own, local),
-            backward_body(self.model, self.topology, stage, own, local),
-        )
+        return stage_bodies(self.model, self.topology, stage, own, local)
 
     def bucket_payload_bytes(self, stage: int, tp_index: int = 0) -> tuple[int, ...]:
         """Bytes of each bucket of ``stage``."""
-        where = Coordinate(pp=stage, tp=tp_index)
+        where = Coordinate(pp=self.stage_rank(stage), tp=tp_index)
         numel = {p.name: local_numel(p, where) for p in self.held(where)}
         return tuple(
             sum(numel[name] for name in bucket.names) * self.format.gradient
@@ -195,7 +236,7 @@ class TrainingPlan:
             self.schedule,
             boundary_bytes=self.dims(tp_index).local_bytes,
             buckets=self.stage_buckets,
-            bucket_bytes=[self.bucket_payload_bytes(stage, tp_index) for stage in range(self.topology.pp)],
+            bucket_bytes=[self.bucket_payload_bytes(stage, tp_index) for stage in range(self.num_stages)],
             data_parallel=self.topology.dp * self.topology.cp > 1,
             world_size=self.topology.world_size,
         )
@@ -214,6 +255,7 @@ def plan(
     etp: int = 1,
     order: tuple[str, ...] = AXES,
     schedule: str | Schedule = "1f1b",
+    virtual_stages: int | None = None,
     micro_batch: int = 1,
     sequence_parallel: bool | None = None,
     stage_layers: tuple[int, ...] | None = None,
@@ -221,9 +263,10 @@ def plan(
 ) -> TrainingPlan:
     """The plan that trains ``model`` on ``cluster`` as asked.
 
-    Left out, ``dp`` takes the devices that the other degrees leave, ``sequence_parallel`` is on when tp > 1
-    and the tokens can be cut, and layers are split so that the dearest stage costs least. Raises PlanError
-    for a request that cannot be met.
+    Left out, ``dp`` takes the devices that the other degrees leave, ``virtual_stages`` (stages of a pipeline
+    rank) is what the schedule has by itself, ``sequence_parallel`` is on when tp > 1 and the tokens can be
+    cut, and layers are split so that the dearest stage costs least. Raises PlanError for a request that
+    cannot be met.
     """
     _check_kind("model", model, ModelSpec, "use ModelSpec.from_hf(...)")
     _check_kind("cluster", cluster, ClusterSpec, "use ClusterSpec.preset(...) or ClusterSpec.parse(...)")
@@ -235,26 +278,34 @@ def plan(
         chosen.append(f"dp={dp}: the devices that pp * cp * tp leave")
     topology = Topology(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp, order=order)
     _check_degrees(model, cluster, work, topology, micro_batch)
+    num_microbatches = work.global_batch // (dp * micro_batch)
+    made = _scheduled(schedule, model, pp, virtual_stages, num_microbatches)
+    num_stages = made.num_stages
+    if virtual_stages is None:
+        virtual_stages = num_stages // made.num_ranks
+        if virtual_stages > 1:
+            chosen.append(f"virtual_stages={virtual_stages}: stages a rank of {made.name}")
+    _check_schedule(made, pp, virtual_stages, num_microbatches)
     if sequence_parallel is None:
         sequence_parallel = tp > 1 and micro_batch * work.seq_len // cp % tp == 0
         if tp > 1:
             chosen.append(f"sequence_parallel={sequence_parallel}: on when tp > 1 and tp divides the tokens")
     if stage_layers is None:
-        stage_layers = _balanced_layers(model, work, topology, micro_batch)
-        if pp > 1:
+        _check_stages(model, pp, virtual_stages)
+        stage_layers = _balanced_layers(model, work, num_stages, micro_batch)
+        if num_stages > 1:
             chosen.append(
                 f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage"
             )
-    custom = schedule if isinstance(schedule, Schedule) else None
-    if custom is None and (not isinstance(schedule, str) or schedule not in SCHEDULES):
-        raise PlanError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    custom = isinstance(schedule, Schedule)
     return TrainingPlan(
         model=model,
         cluster=cluster,
         workload=work,
         topology=topology,
-        schedule_name=custom.name if custom else str(schedule),
-        schedule_csv=str(custom) if custom else None,
+        schedule_name=made.name if custom else str(schedule),
+        schedule_csv=str(made) if custom else None,
+        virtual_stages=virtual_stages,
         micro_batch=micro_batch,
         sequence_parallel=sequence_parallel,
         stage_layers=stage_layers,
@@ -268,15 +319,78 @@ def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
         raise PlanError(f"{name} must be a {kind.__name__}, got {type(value).__name__}; {remedy}")
 
 
-def _check_schedule(schedule: Schedule, num_ranks: int, num_microbatches: int) -> None:
-    """Raise PlanError unless ``schedule`` has one stage a rank and runs the step's microbatches."""
+def _scheduled(
+    schedule: str | Schedule, model: ModelSpec, pp: int, virtual_stages: int | None, num_microbatches: int
+) -> Schedule:
+    """The schedule of a request. Raises PlanError for an unknown name and for sizes that it cannot have."""
+    if virtual_stages is not None and not is_size(virtual_stages):
+        raise PlanError(f"virtual_stages must be a whole number of at least 1, got {virtual_stages!r}")
+    if isinstance(schedule, Schedule):
+        return schedule
+    if known(schedule).bidirectional:
+        raise _two_copies(schedule)
+    _check_stages(model, pp, virtual_stages or 1)
+    _check_actions(2 * pp * (virtual_stages or 1) * num_microbatches)
+    return make_schedule(schedule, pp, num_microbatches, virtual_stages)
+
+
+def _two_copies(name: str) -> PlanError:
+    return PlanError(
+        f"{name} keeps two copies of the parameters, which cannot be run yet; dualpipe-v needs one"
+    )
+
+
+def _later(schedule: Schedule, one: int, other: int) -> bool:
+    """Whether ``one`` of two stages on a rank adds its last weight gradients after the ``other`` has."""
+    orders = schedule.orders
+    adds = (orders.phase == B) | (orders.phase == W)
+    one_last, other_last = (np.flatnonzero(adds & (orders.stage == stage))[-1] for stage in (one, other))
+    return bool(one_last > other_last)
+
+
+def _check_stages(model: ModelSpec, num_ranks: int, virtual_stages: int) -> None:
+    """Raise PlanError unless every stage can have a layer."""
+    if num_ranks > model.num_layers:
+        raise PlanError(
+            f"pp must be at most the model's {model.num_layers} layers, got pp={num_ranks}; lower pp"
+        )
+    if num_ranks * virtual_stages > model.num_layers:
+        raise PlanError(
+            f"pp * virtual_stages must be at most the model's {model.num_layers} layers, "
+            f"got {num_ranks} * {virtual_stages}; lower one of the two or take a schedule "
+            "with fewer stages a rank"
+        )
+
+
+def _check_actions(num_actions: int) -> None:
+    if num_actions > MAX_ACTIONS:
+        raise PlanError(
+            f"a step may have at most {MAX_ACTIONS:,} actions (an F and a B, or an F, an I and a W, "
+            f"of each microbatch and stage), "
+            f"got {num_actions:,}; raise micro_batch or dp"
+        )
+
+
+def _check_schedule(schedule: Schedule, num_ranks: int, virtual_stages: int, num_microbatches: int) -> None:
+    """Raise PlanError unless ``schedule`` has the plan's ranks, stages and microbatches, and can be run."""
+    if schedule.bidirectional:
+        raise _two_copies(schedule.name)
     if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
         raise PlanError(
             f"the schedule must have {num_ranks} ranks and {num_microbatches} microbatches, "
             f"got {schedule.num_ranks} and {schedule.num_microbatches}"
         )
-    if schedule.stage_ranks != tuple(range(num_ranks)):
-        raise PlanError(f"stage s must be on pipeline rank s, got stages on ranks {schedule.stage_ranks}")
+    if schedule.num_stages != num_ranks * virtual_stages:
+        raise PlanError(
+            f"the schedule must have virtual_stages={virtual_stages} stages on each of {num_ranks} ranks, "
+            f"got {schedule.num_stages} stages"
+        )
+    if schedule.stage_ranks not in (loop_ranks(num_ranks, virtual_stages), v_ranks(num_ranks)):
+        raise PlanError(
+            "stages must go round the pipeline ranks, or up and back, "
+            f"got stages on ranks {schedule.stage_ranks}"
+        )
+    _check_actions(schedule.orders.num_actions)
 
 
 def _check_degrees(
@@ -296,16 +410,6 @@ def _check_degrees(
         raise PlanError(
             f"dp * micro_batch must divide global_batch {work.global_batch}, "
             f"got {topology.dp} * {micro_batch} = {per_step}; change one of the three"
-        )
-    if topology.pp > model.num_layers:
-        raise PlanError(
-            f"pp must be at most the model's {model.num_layers} layers, got pp={topology.pp}; lower pp"
-        )
-    actions = 2 * topology.pp * (work.global_batch // per_step)
-    if actions > MAX_ACTIONS:
-        raise PlanError(
-            f"a step may have at most {MAX_ACTIONS:,} actions (an F and a B for each microbatch and stage), "
-            f"got {actions:,}; raise micro_batch or dp"
         )
     check_tensor_parallel(model, tp=topology.tp, etp=topology.etp)
     for name in ("ep", "etp"):
@@ -328,9 +432,7 @@ def _degree_remedy(num_devices: int, topology: Topology) -> str:
     return f"pp * cp * tp = {rest} does not divide {num_devices}"
 
 
-def _balanced_layers(
-    model: ModelSpec, work: Workload, topology: Topology, micro_batch: int
-) -> tuple[int, ...]:
+def _balanced_layers(model: ModelSpec, work: Workload, num_stages: int, micro_batch: int) -> tuple[int, ...]:
     """The split of layers that makes the stage with the most forward FLOPs as cheap as can be."""
 
     def flops(segment: Segment) -> int:
@@ -344,4 +446,4 @@ def _balanced_layers(
             ends[segment.kind] += flops(segment)
         else:
             costs[segment.layer] += flops(segment)
-    return stage_split(costs, topology.pp, first=ends["embedding"], last=ends["head"])
+    return stage_split(costs, num_stages, first=ends["embedding"], last=ends["head"])

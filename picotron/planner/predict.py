@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import evolve, field, frozen
 
@@ -11,13 +12,14 @@ from picotron.errors import PlanError
 from picotron.planner.body import collective_bytes
 from picotron.planner.classes import axis_indices
 from picotron.planner.cluster import peak_flops_per_second
-from picotron.planner.cost import SegmentCost, StageCost
+from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, payload_bytes
+from picotron.planner.program import COMPUTE, Kind, Program, payload_bytes
+from picotron.planner.schedule_times import bubble_fraction, idle_seconds, schedule_times
 from picotron.planner.simulate import Durations, durations, pipeline_timeline, priced_step, slices
-from picotron.planner.timeline import Timeline, bubble_seconds
+from picotron.planner.timeline import Timeline, pipeline_costs
 from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
@@ -76,7 +78,8 @@ def predict(plan: TrainingPlan) -> Prediction:
     step = priced_step(plan, (), seconds)
     step_seconds = step.step_seconds
     tokens = plan.workload.global_batch * plan.workload.seq_len
-    bubbles = bubble_seconds(plan.schedule, seconds[0].stages)
+    costs = pipeline_costs(seconds[0].stages)
+    spans = schedule_times(plan.schedule, costs)
     memory = _memory_by_rank(plan)
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].max_bytes)
     peak = peak_flops_per_second(plan.cluster.device, plan.workload.precision) * plan.cluster.num_devices
@@ -88,8 +91,8 @@ def predict(plan: TrainingPlan) -> Prediction:
         mfu=model_flops(plan, "full") / step_seconds / peak,
         mfu_causal=model_flops(plan, "causal") / step_seconds / peak,
         hfu=_executed_flops(plan) / step_seconds / peak,
-        bubble_seconds=bubbles,
-        bubble_fraction=_bubble_fraction(plan, seconds[0].stages[0], bubbles),
+        bubble_seconds=idle_seconds(plan.schedule, costs, spans),
+        bubble_fraction=bubble_fraction(plan.schedule, costs, spans),
         exposed_communication_seconds=step_seconds - _seconds_without_communication(plan, seconds),
         compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
         memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
@@ -114,18 +117,20 @@ def model_flops(plan: TrainingPlan, attention: AttentionCount) -> int:
 
 def _executed_flops(plan: TrainingPlan) -> int:
     """What all ranks execute in a step: a stage's bodies on each of its ranks."""
-    per_microbatch = sum(
-        body.flops * count
-        for index, count in Counter(slices(plan)).items()
-        for stage in range(plan.topology.pp)
-        for body in plan.bodies(stage, index)
-    )
-    return per_microbatch * plan.num_microbatches * plan.topology.dp * plan.topology.cp
+    program, per_pipeline = plan.program(), 0
+    for index, num_ranks in Counter(slices(plan)).items():
+        bodies = [plan.bodies(stage, index) for stage in range(plan.num_stages)]
+        for rank in range(program.num_ranks):
+            for (stage, kind), count in _runs(program, rank).items():
+                per_pipeline += of_kind(bodies[stage], kind).flops * count * num_ranks
+    return per_pipeline * plan.topology.dp * plan.topology.cp
 
 
-def _bubble_fraction(plan: TrainingPlan, stage: StageCost, bubbles: tuple[float, ...]) -> float:
-    makespan = bubbles[0] + plan.num_microbatches * (stage.forward_seconds + stage.backward_seconds)
-    return sum(bubbles) / len(bubbles) / makespan
+def _runs(program: Program, rank: int) -> Counter[tuple[int, Kind]]:
+    """How often a pipeline rank runs each (stage, kind) that computes."""
+    own = slice(*program.offsets[rank : rank + 2])
+    pairs = zip(program.stage[own].tolist(), program.kind[own].tolist(), strict=True)
+    return Counter((stage, Kind(kind)) for stage, kind in pairs if kind in COMPUTE)
 
 
 def _seconds_without_communication(plan: TrainingPlan, seconds: Mapping[int, Durations]) -> float:
@@ -139,10 +144,10 @@ def _without_communication(seconds: Durations) -> Durations:
         collectives = tuple(evolve(collective, seconds=0.0) for collective in segment.collectives)
         return evolve(segment, collectives=collectives)
 
-    stages = [
-        evolve(stage, forward=tuple(map(free, stage.forward)), backward=tuple(map(free, stage.backward)))
-        for stage in seconds.stages
-    ]
+    def phases(stage: StageCost) -> dict[str, Any]:
+        return {kind.name.lower(): tuple(map(free, of_kind(stage, kind))) for kind in COMPUTE}
+
+    stages = [evolve(stage, **phases(stage)) for stage in seconds.stages]
     reductions = dict.fromkeys(seconds.reduce_seconds, 0.0)
     return Durations(stages=tuple(stages), send_seconds=0.0, reduce_seconds=reductions)
 
@@ -158,14 +163,17 @@ def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
 
 
 def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[str, ...]:
-    """One line for each stage that exceeds the device: by how much, and what takes most."""
+    """One line for each pipeline rank that exceeds the device: by how much, and what takes most."""
     capacity = plan.cluster.device.memory_bytes
     lines: dict[int, str] = {}
-    for stage, timeline in zip(axis_indices(plan.topology)["pp"], memory, strict=True):
-        if timeline.max_bytes > capacity and stage not in lines:
+    for pp, timeline in zip(axis_indices(plan.topology)["pp"], memory, strict=True):
+        if timeline.max_bytes > capacity and pp not in lines:
             name, size = max(timeline.peak_by_category, key=lambda item: item[1])
-            lines[stage] = (
-                f"stage {stage} needs {timeline.max_bytes / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
+            stages = plan.rank_stages(pp)
+            held = "stage" + "s" * (len(stages) > 1) + " " + ", ".join(map(str, stages))
+            lines[pp] = (
+                f"{held} need{'s' * (len(stages) == 1)} "
+                f"{timeline.max_bytes / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
                 f"{(timeline.max_bytes - capacity) / 2**30:.2f} too much, "
                 f"most of it {name} ({size / 2**30:.2f} GiB)"
             )
@@ -200,8 +208,10 @@ def _firsts(keys: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], 
 def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:
     program = plan.program(where.tp)
     totals = payload_bytes(program, where.pp)
-    kinds = program.kind[program.offsets[where.pp] : program.offsets[where.pp + 1]].tolist()
-    for body, kind in zip(plan.bodies(where.pp, where.tp), COMPUTE, strict=True):
-        for key, size in collective_bytes(body).items():
-            totals[key] = totals.get(key, 0) + size * kinds.count(kind)
+    runs = _runs(program, where.pp)
+    for stage in plan.rank_stages(where.pp):
+        bodies = plan.bodies(stage, where.tp)
+        for kind in COMPUTE:
+            for key, size in collective_bytes(of_kind(bodies, kind)).items():
+                totals[key] = totals.get(key, 0) + size * runs[stage, kind]
     return tuple(sorted((kind, group, size) for (kind, group), size in totals.items()))

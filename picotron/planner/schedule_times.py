@@ -17,14 +17,24 @@ from attrs import Attribute, cmp_using, field, frozen
 from picotron.errors import PlanError
 from picotron.planner.actions import PHASES, B, F, I, W
 from picotron.planner.pipeline import Schedule
-from picotron.planner.validity import positions, rank_column
+from picotron.planner.validators import shown
+from picotron.planner.validity import rank_column, sources
+
+
+def _number(value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise PlanError(f"a cost must be a number, got {shown(value)}") from None
 
 
 def _seconds(values: Iterable[float]) -> tuple[float, ...]:
     try:
+        if isinstance(values, str):
+            raise TypeError
         return tuple(map(float, values))
-    except (TypeError, ValueError):
-        raise PlanError(f"costs must be seconds, one for each stage, got {values!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise PlanError(f"costs must be seconds, one for each stage, got {shown(values)}") from None
 
 
 @frozen(kw_only=True)
@@ -38,8 +48,8 @@ class PipelineCosts:
     forward_seconds: tuple[float, ...] = field(converter=_seconds)
     input_seconds: tuple[float, ...] = field(converter=_seconds)
     weight_seconds: tuple[float, ...] = field(converter=_seconds)
-    transfer_seconds: float = field(default=0.0, converter=float)
-    overlap_factor: float = field(default=1.0, converter=float)
+    transfer_seconds: float = field(default=0.0, converter=_number)
+    overlap_factor: float = field(default=1.0, converter=_number)
 
     @overlap_factor.validator
     def _consistent(self, _: Attribute[object], __: float) -> None:
@@ -103,15 +113,7 @@ def needed(schedule: Schedule) -> np.ndarray:
 
     An F waits for that of the stage before, a B or an I for that of the stage after.
     """
-    orders, num_stages = schedule.orders, schedule.num_stages
-    table = positions(orders, num_stages, schedule.num_microbatches)
-    backward = np.maximum(table[B], table[I])
-    none = np.full((1, schedule.num_microbatches), -1, dtype=table.dtype)
-    before_forward = np.concatenate([none, table[F][:-1]])
-    before_backward = np.concatenate([backward[1:], none])
-    at = orders.stage, orders.microbatch
-    found = np.where(orders.phase == F, before_forward[at], before_backward[at])
-    return np.where(orders.phase == W, -1, found)
+    return sources(schedule.orders, schedule.num_stages, schedule.num_microbatches)
 
 
 def action_seconds(schedule: Schedule, costs: PipelineCosts) -> np.ndarray:

@@ -6,6 +6,7 @@ exact for every rank: to the bit what a simulation of all of them would give.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from attrs import field, frozen
 from picotron.errors import PlanError
 from picotron.planner.classes import RankClasses, axis_indices, meetings, rank_classes
 from picotron.planner.clock import Span
-from picotron.planner.cost import StageCost, group_seconds, send_seconds, stage_costs
+from picotron.planner.cost import StageCost, group_seconds, of_kind, send_seconds, stage_costs
 from picotron.planner.faults import (
     Corrupt,
     Fault,
@@ -144,7 +145,7 @@ def priced_step(
         plan=plan,
         faults=faults,
         classes=classes,
-        compute_seconds=tuple(_compute_seconds(plan, lane) for lane in lanes),
+        compute_seconds=tuple(map(_compute_seconds, lanes)),
         timeline=timeline,
     )
 
@@ -251,7 +252,8 @@ def _body_groups(seconds: Durations) -> set[str]:
     return {
         collective.group
         for stage in seconds.stages
-        for segment in (*stage.forward, *stage.backward)
+        for kind in COMPUTE
+        for segment in of_kind(stage, kind)
         for collective in segment.collectives
     }
 
@@ -293,6 +295,7 @@ def _lanes(
 def _own_rows(program: Program, rank: int, seconds: Durations) -> dict[str, Any]:
     """What a lane has from its program: rows and their seconds, stages and update."""
     own = rows(program, rank)
+    stages = sorted({row.stage for row in own if row.kind in COMPUTE})
 
     def moved(row: Row) -> float:
         if row.kind in _SUMS:
@@ -303,13 +306,16 @@ def _own_rows(program: Program, rank: int, seconds: Durations) -> dict[str, Any]
         "rows": own,
         "group_names": program.groups,
         "seconds": tuple(map(moved, own)),
-        "stages": {row.stage: seconds.stages[row.stage] for row in own if row.kind in COMPUTE},
-        "update_seconds": seconds.stages[rank].update_seconds,
+        "stages": {stage: seconds.stages[stage] for stage in stages},
+        "update_seconds": sum(seconds.stages[stage].update_seconds for stage in stages),
     }
 
 
-def _compute_seconds(plan: TrainingPlan, lane: Lane) -> float:
-    computed = sum(stage.compute_seconds for stage in lane.stages.values()) * plan.num_microbatches
+def _compute_seconds(lane: Lane) -> float:
+    counts = Counter((row.stage, row.kind) for row in lane.rows if row.kind in COMPUTE)
+    computed = sum(
+        lane.stages[stage].compute_seconds(kind) * count for (stage, kind), count in counts.items()
+    )
     return (computed + lane.update_seconds) * lane.factor
 
 

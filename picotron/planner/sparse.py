@@ -79,22 +79,37 @@ def latent_attention_backward(ops: Operations, model: ModelSpec, topology: Topol
     """Multi-head latent attention, backward."""
     d, latent = ops.d, _latent(model)
     width = d.heads * latent.v_head_dim
-    output_backward(ops, width, into="dcontext")
+    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
+    output_backward(ops, context, width, into="dcontext")
     kept = _latent_kept(ops, model)
     gradients = [Tensor(f"{t.name} gradient", t.bytes, "workspace") for t in kept]
-    context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
     frees = [*kept, context, log_sum_exp(ops), dcontext]
     attend(ops, forward=False, creates=gradients, frees=frees, v_dim=latent.v_head_dim)
-    source = ops.gathered("gather attention input", ops.norm_again(model))
+    source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
     full = ops.dnormed(model)
-    made: list[Tensor] = []
-    for index, (name, inner, out, is_kept) in enumerate(reversed(_latent_projections(ops, model))):
-        ops.matmul(f"{name} weight", out, d.tokens, inner)
+    projections = _latent_projections(ops, model)
+    low_rank = {name: ops.saved(name, d.tokens * out) for name, _, out, kept in projections if kept}
+    reads = _latent_products(source, low_rank, gradients)
+    for index, (name, inner, out, _) in enumerate(reversed(projections)):
+        ops.matmul(f"{name} weight", out, d.tokens, inner, reads=reads[name])
         into = [full] if index == 0 else []
         ops.matmul(f"{name} input", d.tokens, out, inner, creates=into)
-        made += [ops.saved(name, d.tokens * out)] if is_kept else []
-    ops.kernel("free", 0, kernels=0, frees=[source, *made, *gradients])
+    ops.kernel("free", 0, kernels=0, frees=[source, *reversed(low_rank.values()), *gradients])
     ops.norm_backward(model, full)
+
+
+def _latent_products(
+    source: Tensor, low_rank: dict[str, Tensor], gradients: list[Tensor]
+) -> dict[str, tuple[Tensor, ...]]:
+    """What each projection's weight gradient is multiplied from; a low-rank tensor counts its gradient."""
+    dq, dk, dv = gradients
+    products: dict[str, tuple[Tensor, ...]] = {name: (made, source) for name, made in low_rank.items()}
+    products["kv_b_proj"] = dk, dv, low_rank["kv_a_proj_with_mqa"]
+    if "q_a_proj" in low_rank:
+        products["q_b_proj"] = dq, low_rank["q_a_proj"]
+    else:
+        products["q_proj"] = dq, source
+    return products
 
 
 def _rows(ops: Operations, model: ModelSpec, topology: Topology) -> int:
@@ -181,21 +196,22 @@ def moe_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     ops.kernel("unpermute backward", rows * d.hidden, passes=4, kernels=4, creates=[doutput], frees=[output])
     _exchange_tokens(ops, "dispatch gradient", rows, topology)
     ops.kernel("experts swiglu again", rows * inner, passes=5, kernels=2, creates=[product])
-    ops.matmul("experts down weight", inner, rows, d.hidden, frees=[product])
+    ops.matmul("experts down weight", inner, rows, d.hidden, frees=[product], reads=[doutput, product])
     ops.matmul("experts down input", rows, d.hidden, inner, creates=[dproduct], frees=[doutput])
     dgate = ops.tensor("expert dgate", rows * inner)
     ops.kernel(
         "experts swiglu gradient", rows * inner, passes=9, kernels=3, creates=[dgate], frees=[gate, up]
     )
+    dup = dproduct  # the gradient of up takes its place
     drows = ops.tensor("dispatched gradient", rows * d.hidden)
-    for name in ("gate", "up"):
-        ops.matmul(f"experts {name} weight", inner, rows, d.hidden)
+    for name, gradient in (("gate", dgate), ("up", dup)):
+        ops.matmul(f"experts {name} weight", inner, rows, d.hidden, reads=[gradient, dispatched])
     ops.matmul("experts gate input", rows, inner, d.hidden, creates=[drows])
-    ops.matmul("experts up input", rows, inner, d.hidden, frees=[dgate, dproduct, dispatched])
+    ops.matmul("experts up input", rows, inner, d.hidden, frees=[dgate, dup, dispatched])
     _exchange_tokens(ops, "combine gradient", rows, topology)
     normed, part = ops.norm_again(model), ops.tensor("dnormed_local", d.local_tokens * d.hidden)
     ops.kernel("permute backward", rows * d.hidden, passes=3, kernels=3, creates=[part], frees=[drows])
-    ops.matmul("router weight", experts.num_experts, d.local_tokens, d.hidden)
+    ops.matmul("router weight", experts.num_experts, d.local_tokens, d.hidden, reads=[scores, normed])
     ops.matmul("router input", d.local_tokens, experts.num_experts, d.hidden, frees=[scores])
     if shared:
         _shared_backward(ops, experts.shared_intermediate_size // d.tp, normed, shared)
@@ -207,24 +223,25 @@ def moe_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
 def _shared_backward(ops: Operations, inner: int, normed: Tensor, kept: list[Tensor]) -> None:
     d = ops.d
     full = ops.gathered("gather shared gradient", ops.g(1), keep=True)
-    source = ops.gathered("gather shared input", normed, keep=True)
+    source = ops.gathered("gather shared input", normed, keep=True, for_weights=True)
     product, dproduct, dgate = (
         ops.tensor(f"shared {n}", d.tokens * inner) for n in ("product", "dproduct", "dgate")
     )
     ops.kernel("shared swiglu again", d.tokens * inner, passes=5, kernels=2, creates=[product])
-    ops.matmul("shared down weight", inner, d.tokens, d.hidden, frees=[product])
+    ops.matmul("shared down weight", inner, d.tokens, d.hidden, frees=[product], reads=[full, product])
     frees = [full] if d.sequence_parallel else []
     ops.matmul("shared down input", d.tokens, d.hidden, inner, creates=[dproduct], frees=frees)
     ops.kernel("shared swiglu gradient", d.tokens * inner, passes=9, kernels=3, creates=[dgate], frees=kept)
-    for name in ("gate", "up"):
-        ops.matmul(f"shared {name} weight", inner, d.tokens, d.hidden)
+    dup = dproduct  # the gradient of up takes its place
+    for name, gradient in (("gate", dgate), ("up", dup)):
+        ops.matmul(f"shared {name} weight", inner, d.tokens, d.hidden, reads=[gradient, source])
     partial, local = (
         ops.tensor("partial", d.tokens * d.hidden),
         ops.tensor("shared dnormed", d.local_tokens * d.hidden),
     )
     frees = [source] if d.sequence_parallel else []
     ops.matmul("shared gate input", d.tokens, inner, d.hidden, creates=[partial], frees=frees)
-    ops.matmul("shared up input", d.tokens, inner, d.hidden, frees=[dgate, dproduct])
+    ops.matmul("shared up input", d.tokens, inner, d.hidden, frees=[dgate, dup])
     ops.reduced("reduce shared gradient", partial, local)
     ops.kernel(
         "add shared gradient", d.local_tokens * d.hidden, frees=[local if d.sequence_parallel else partial]

@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from picotron.planner import dense, sparse
-from picotron.planner.body import Body, Dims, SegmentBody
+from picotron.planner.body import Bodies, Body, Dims, SegmentBody
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.operations import Operations
+from picotron.planner.split_backward import split_backward
 from picotron.planner.topology import Topology
 
 Builder = Callable[[Operations, ModelSpec, Topology], None]
+
+
+def stage_bodies(
+    model: ModelSpec, topology: Topology, stage: int, own: tuple[Segment, ...], d: Dims
+) -> Bodies:
+    """What ``stage`` does with one microbatch in its segments ``own``, in every phase."""
+    backward = backward_body(model, topology, stage, own, d)
+    backward_input, backward_weight = split_backward(backward)
+    return Bodies(
+        forward=forward_body(model, topology, stage, own, d),
+        backward=backward,
+        backward_input=backward_input,
+        backward_weight=backward_weight,
+    )
 
 
 def forward_body(model: ModelSpec, topology: Topology, stage: int, own: tuple[Segment, ...], d: Dims) -> Body:

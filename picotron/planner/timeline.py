@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from attrs import cmp_using, field, frozen
 
-from picotron.planner.actions import Phase
-from picotron.planner.clock import Operation, advance
 from picotron.planner.cost import StageCost
 from picotron.planner.pipeline import Schedule
 from picotron.planner.program import Row
+from picotron.planner.schedule_times import PipelineCosts, idle_seconds, schedule_times
 
 STREAMS = ("compute", "send", "receive", "collective")
 
@@ -54,32 +53,17 @@ def make_timeline(clock: str, entries: Sequence[tuple[int, int, int, int, float,
 
 def bubble_seconds(schedule: Schedule, stages: Sequence[StageCost]) -> tuple[float, ...]:
     """Idle seconds of each pipeline rank in the schedule itself: makespan less work, transfers free."""
-    seconds = {
-        phase: [getattr(stage, name) for stage in stages]
-        for phase, name in ((Phase.FORWARD, "forward_seconds"), (Phase.BACKWARD, "backward_seconds"))
-    }
-    work = [0.0] * schedule.num_ranks
-    ended: dict[tuple[int, str, int], float] = {}
-    free: dict[Hashable, float] = dict.fromkeys(range(schedule.num_ranks), 0.0)
-    at = [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(schedule.orders):
-            while at[rank] < len(order):
-                action = order[at[rank]]
-                before = action.stage - 1 if action.phase is Phase.FORWARD else action.stage + 1
-                inside = 0 <= before < schedule.num_stages
-                ready = ended.get((before, action.phase.value, action.microbatch)) if inside else 0.0
-                if ready is None:
-                    break
-                own = seconds[action.phase][action.stage]
-                free[rank] = advance(free, Operation((rank,), ready, own)).end
-                ended[action.stage, action.phase.value, action.microbatch] = free[rank]
-                work[rank] += own
-                at[rank] += 1
-                moved = True
-    return tuple(max(free.values()) - own for own in work)
+    costs = pipeline_costs(stages)
+    return idle_seconds(schedule, costs, schedule_times(schedule, costs))
+
+
+def pipeline_costs(stages: Sequence[StageCost]) -> PipelineCosts:
+    """The costs of stages as a schedule by itself counts them: a B takes what I and W take."""
+    return PipelineCosts(
+        forward_seconds=(stage.forward_seconds for stage in stages),
+        input_seconds=(stage.backward_input_seconds for stage in stages),
+        weight_seconds=(stage.backward_weight_seconds for stage in stages),
+    )
 
 
 def chrome_trace(timeline: Timeline, programs: Sequence[Sequence[Row]] | Mapping[int, Sequence[Row]]) -> str:

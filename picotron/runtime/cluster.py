@@ -175,7 +175,8 @@ def _smallest_step(backend: Backend) -> _Work:
     smallest = plan(model, one, work)
     batches = step_batches(smallest, [np.arange(5)], consumed=0, dp_index=0)
     session = Session(smallest, backend)
-    operations = [op for body in smallest.bodies(0) for segment in body.segments for op in segment.operations]
+    bodies = smallest.bodies(0).forward, smallest.bodies(0).backward
+    operations = [op for body in bodies for segment in body.segments for op in segment.operations]
     return lambda: session.step(batches), smallest.num_microbatches * sum(op.kernels for op in operations)
 
 

@@ -146,7 +146,7 @@ class Attention:
             )
 
     def context(self) -> torch.Tensor:
-        """What was attended to, [T, heads * d]."""
+        """What was attended to, [T, heads * d]; it may outlive the island."""
         return self.out.detach().transpose(1, 2).flatten(0, 1).flatten(1)
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """The walker: runs a plan's program on one rank, row by row, and nothing else.
 
+A rank holds one stage or several; what one hands to the next on the same rank stays where it is.
 A ``Session`` opens what the plan needs (groups, weights, gradient buckets, optimizer) and takes steps. What
 it measures comes back in the planner's own types: every row in a ``Timeline``, live bytes at every segment's
 end in a ``MemoryTimeline``, payload by collective and group.
@@ -18,11 +19,11 @@ import torch
 from attrs import define, frozen
 
 from picotron.errors import ExecutionError
-from picotron.planner.body import Body, Category
-from picotron.planner.cost import stage_cost
+from picotron.planner.body import Category
+from picotron.planner.cost import of_kind, stage_cost
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import RECEIVES, SENDS, Kind, Row, anchored, rows
+from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored, rows
 from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
@@ -38,10 +39,11 @@ from picotron.runtime.optimizer import (
     optimizer_tensors,
     owned_square_norm,
 )
-from picotron.runtime.segments import Context, Saved, make_runner
+from picotron.runtime.segments import Context, Saved, SegmentRunner, make_runner
 from picotron.runtime.topology import open_groups
 
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
+Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what passes between stages
 
 
 class LossError(ExecutionError):
@@ -84,8 +86,8 @@ class _Walk:
     batches: Sequence[HostBatch]
     tracker: MemoryTracker | None
     started: float
-    inputs: dict[tuple[Kind, int], torch.Tensor]  # received, by (F or B, microbatch)
-    output: torch.Tensor | None  # of the last compute row, to be sent
+    inputs: dict[Passed, torch.Tensor]  # received or handed over, by the stage that takes it
+    outputs: dict[Passed, torch.Tensor]  # to be sent, by the stage that made it
     saved: dict[tuple[int, int], list[Saved]]
     posted: dict[int, _Posted]
     entries: list[Entry]
@@ -115,9 +117,9 @@ class Session:
         self.rows = rows(self.program, self.where.pp)
         self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
-        forward, backward = plan.bodies(self.where.pp, self.where.tp)
-        self.bodies: dict[Kind, Body] = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
-        self.costs = stage_cost(plan, self.where.pp, self.where.tp)
+        self.stages = plan.rank_stages(self.where.pp)
+        self.bodies = {stage: plan.bodies(stage, self.where.tp) for stage in self.stages}
+        self.costs = {stage: stage_cost(plan, stage, self.where.tp) for stage in self.stages}
         self.communicator = Communicator(backend, open_groups(plan, backend))
         self.placements = plan.held(self.where)
         self.dtype = DTYPES[plan.workload.precision]
@@ -125,8 +127,10 @@ class Session:
         self.flat_gradients, self.gradients = self._open_buckets()
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
-        segments = plan.stage_segments[self.where.pp]
-        self.runners = [make_runner(self.context, segment) for segment in segments]
+        self.stage_runners = {
+            stage: [make_runner(self.context, segment) for segment in plan.stage_segments[stage]]
+            for stage in self.stages
+        }
         self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
         self.num_steps = 0
 
@@ -136,16 +140,21 @@ class Session:
             for p in self.placements
         }
 
-    def _open_buckets(self) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """One flat gradient buffer a bucket, and each parameter's view of its own."""
-        flat, views = [], {}
-        for bucket in self.plan.stage_buckets[self.where.pp]:
+    def _open_buckets(self) -> tuple[dict[tuple[int, int], torch.Tensor], dict[str, torch.Tensor]]:
+        """One flat gradient buffer a bucket, by stage and index, and each parameter's view of its own."""
+        flat, views = {}, {}
+        for bucket in (bucket for stage in self.stages for bucket in self.plan.stage_buckets[stage]):
             sizes = [self.weights[name].numel() for name in bucket.names]
             buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.backend.device)
             for name, part in zip(bucket.names, torch.split(buffer, sizes), strict=True):
                 views[name] = part.view(self.weights[name].shape)
-            flat.append(buffer)
+            flat[bucket.stage, bucket.index] = buffer
         return flat, views
+
+    @property
+    def runners(self) -> list[SegmentRunner]:
+        """The segments of all its stages, in order."""
+        return [runner for stage in self.stages for runner in self.stage_runners[stage]]
 
     def _open_context(self) -> Context:
         plan, model, device = self.plan, self.plan.model, self.backend.device
@@ -154,7 +163,7 @@ class Session:
         if model.rope_theta is not None:
             places = torch.arange(d.seq_len, device=device)
             rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, self.dtype)
-        elif self.where.pp == 0:
+        elif 0 in self.stages:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
             positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
         return Context(
@@ -174,7 +183,7 @@ class Session:
         positions = [] if self.context.positions is None else [self.context.positions]
         return {
             "parameters": list(self.weights.values()),
-            "gradients": self.flat_gradients,
+            "gradients": list(self.flat_gradients.values()),
             "optimizer": optimizer_tensors(self.optimizer),
             "constants": [self.statistics, *(self.context.rotary or ()), *positions],
         }
@@ -187,12 +196,12 @@ class Session:
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
         tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
-        walk = _Walk(batches, tracker, self.backend.mark(), {}, None, {}, {}, [], [])
+        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
         self.communicator.measuring = measure_memory
         self.statistics.zero_()
-        for flat in self.flat_gradients:
+        for flat in self.flat_gradients.values():
             flat.zero_()
         with torch.no_grad(), tracker or nullcontext():
             for index, row in enumerate(self.rows):
@@ -248,7 +257,7 @@ class Session:
         """Do what a row says; returns when that was, where it is a collective and the backend tells."""
         if row.kind is Kind.FORWARD:
             self._forward(walk, index, row)
-        elif row.kind is Kind.BACKWARD:
+        elif row.kind in COMPUTE:
             self._backward(walk, index, row)
         elif row.kind in SENDS or row.kind in RECEIVES:
             self._transfer(walk, index, row)
@@ -266,37 +275,54 @@ class Session:
 
     def _forward(self, walk: _Walk, index: int, row: Row) -> None:
         tokens = DeviceTokens(walk.batches[row.microbatch], self.backend.device)
-        x = walk.inputs.pop((Kind.FORWARD, row.microbatch), None)
+        x = walk.inputs.pop((True, row.stage, row.microbatch), None)
         if x is None:
             x = torch.empty(0, dtype=self.dtype, device=self.backend.device)
         kept: list[Saved] = []
-        for number, runner in enumerate(self.runners):
+        for number, runner in enumerate(self.stage_runners[row.stage]):
             self._open_segment(walk, index, number)
             x, saved = runner.forward(x, tokens)
             kept.append(saved)
             self._close_segment(walk, index, number)
         walk.saved[row.stage, row.microbatch] = kept
-        walk.output = x
+        self._pass_on(walk, (True, row.stage, row.microbatch), x)
 
     def _backward(self, walk: _Walk, index: int, row: Row) -> None:
-        gradient = walk.inputs.pop((Kind.BACKWARD, row.microbatch), None)
+        """A full backward, or one of its halves, last segment first."""
+        gradient = walk.inputs.pop((False, row.stage, row.microbatch), None)
         if gradient is None:
             gradient = torch.empty(0, dtype=self.dtype, device=self.backend.device)
-        kept = walk.saved.pop((row.stage, row.microbatch))
-        for order in range(len(kept)):
-            number = len(kept) - 1
+        runners, kept = self.stage_runners[row.stage], walk.saved[row.stage, row.microbatch]
+        for order, number in enumerate(reversed(range(len(runners)))):
             self._open_segment(walk, index, order)
-            gradient = self.runners[number].backward(kept.pop(), gradient)
+            if row.kind is Kind.BACKWARD:
+                gradient = runners[number].backward(kept.pop(), gradient)
+            elif row.kind is Kind.BACKWARD_INPUT:
+                gradient = runners[number].backward_input(kept[number], gradient)
+            else:
+                runners[number].backward_weight(kept.pop())
             self._close_segment(walk, index, order)
             for posted in self.anchored.get((index, number), ()):
                 self.backend.at(self.num_steps, posted, self.row_names[posted])
                 self._reduce(walk, posted, self.rows[posted])
-        walk.output = gradient
+        if row.kind is not Kind.BACKWARD_INPUT:
+            del walk.saved[row.stage, row.microbatch]
+        if row.kind is not Kind.BACKWARD_WEIGHT:
+            self._pass_on(walk, (False, row.stage, row.microbatch), gradient)
+
+    def _pass_on(self, walk: _Walk, made: Passed, tensor: torch.Tensor) -> None:
+        """Leave what a stage has made to the next one on this rank, or to its send."""
+        forward, stage, microbatch = made
+        following = stage + 1 if forward else stage - 1
+        if following in self.stages:
+            walk.inputs[forward, following, microbatch] = tensor
+        elif 0 <= following < self.plan.num_stages:
+            walk.outputs[made] = tensor
 
     def _open_segment(self, walk: _Walk, index: int, order: int) -> None:
-        kind = self.rows[index].kind
-        segment = self.bodies[kind].segments[order]
-        cost = (self.costs.forward if kind is Kind.FORWARD else self.costs.backward)[order]
+        row = self.rows[index]
+        segment = of_kind(self.bodies[row.stage], row.kind).segments[order]
+        cost = of_kind(self.costs[row.stage], row.kind)[order]
         action = f"{self.row_names[index]} {segment.name}"
         self.backend.at(self.num_steps, index, action)
         self.communicator.open(action, index, segment.collectives, cost.compute)
@@ -315,10 +341,9 @@ class Session:
 
     def _transfer(self, walk: _Walk, index: int, row: Row) -> None:
         peer = rank_of(self.plan.topology, self._neighbour(row.peer))
-        channel = "forward" if row.kind in (Kind.SEND_F, Kind.RECV_F) else "backward"
+        channel = channel_name(row, self.where.pp)
         if row.kind in SENDS:
-            tensor, walk.output = walk.output, None
-            assert tensor is not None
+            tensor = walk.outputs.pop((row.kind is Kind.SEND_F, row.stage, row.microbatch))
             handle = self.communicator.send(tensor, peer, channel, row.bytes)
         else:
             d = self.context.dims
@@ -347,11 +372,10 @@ class Session:
         )
         target = self.rows[row.target]
         if target.kind in RECEIVES:
-            phase = Kind.FORWARD if target.kind is Kind.RECV_F else Kind.BACKWARD
-            walk.inputs[phase, target.microbatch] = posted.tensor
+            walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
 
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
-        flat = self.flat_gradients[row.part]
+        flat = self.flat_gradients[row.stage, row.part]
         group = self.program.groups[row.group]
         handle = self.communicator.start_all_reduce(flat, group, row.bytes)
         self._note_posted(walk, index, "collective", handle, flat)
@@ -375,7 +399,7 @@ class Session:
 
     def _norm(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
         """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
-        where, last = self.where, self.where.pp == self.plan.topology.pp - 1
+        where, last = self.where, self.plan.num_stages - 1 in self.stages
         self.statistics[0] = owned_square_norm(self.placements, where, self.gradients)
         if not (last and where.tp == 0):
             self.statistics[1:].zero_()
@@ -402,16 +426,28 @@ class Session:
         work = self.plan.workload
         coefficient = clip_coefficient(math.sqrt(float(self.statistics[0])), work.max_grad_norm)
         if coefficient < 1.0:
-            for flat in self.flat_gradients:
+            for flat in self.flat_gradients.values():
                 flat.mul_(coefficient)
         rate = learning_rate(work, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.backend.spend(self.costs.update_seconds)
+        self.backend.spend(sum(self.costs[stage].update_seconds for stage in self.stages))
 
     def _now(self, walk: _Walk) -> float:
         return self.backend.mark() - walk.started
+
+
+def channel_name(row: Row, rank: int) -> str:
+    """The channel of a message that pipeline rank ``rank`` posts in ``row``.
+
+    Activations go up the ranks on one and gradients down on another. What goes the opposite way, where stages
+    come back to lower ranks, has channels of its own, so that all messages of a channel go one way.
+    """
+    sender, receiver = (rank, row.peer) if row.kind in SENDS else (row.peer, rank)
+    forward = row.kind in (Kind.SEND_F, Kind.RECV_F)
+    name = "forward" if forward else "backward"
+    return name if forward == (sender < receiver) else f"{name} return"
 
 
 def _memory_timeline(

@@ -3,11 +3,16 @@
 ``forward(x, microbatch)`` returns (y, saved); ``backward(saved, dy)`` accumulates weight gradients and
 returns dx. Nothing stands between the two but ``saved``, so the walker may pause between any two segments.
 x and y are [tokens, hidden], a tensor-parallel share of the tokens under sequence parallelism.
+
+``backward`` may come in two halves: ``backward_input`` returns dx and leaves in ``saved`` the products of
+weight gradients, which ``backward_weight`` multiplies at any later time (I and W of Qi et al. 2023,
+arXiv:2401.10241). Gradients of norms and biases are no products and are accumulated in the first half.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +26,8 @@ from picotron.runtime.communicator import Communicator
 from picotron.runtime.kernels import Attention, LayerNorm, Norm, RmsNorm, rotate, vocabulary_slice
 
 Saved = dict[str, Any]
+Product = tuple[str, torch.Tensor, torch.Tensor | None]  # weight, gradient of the output, input or NORMED
+NORMED = None  # the norm of the segment's x, computed again when it is multiplied
 
 
 class Tokens(Protocol):
@@ -75,6 +82,8 @@ class Context:
 class SegmentRunner(ABC):
     """Common to all segments: its parameters by the last two words of their names, and its norm."""
 
+    conv1d = False  # whether weights are [in, out]
+
     def __init__(self, context: Context, segment: Segment) -> None:
         self.context, self.dims = context, context.dims
         names = {".".join(p.name.split(".")[-2:]): p.name for p in segment.parameters}
@@ -96,7 +105,42 @@ class SegmentRunner(ABC):
 
     @abstractmethod
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
-        """The gradient of x."""
+        """The gradient of x; weight products are multiplied at once unless ``saved`` has a queue for them."""
+
+    def backward_input(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of x; what the weights' gradients are multiplied from stays in ``saved``."""
+        saved["products"] = deque()
+        return self.backward(saved, dy)
+
+    def backward_weight(self, saved: Saved) -> None:
+        """Multiply what ``backward_input`` left, in its order; a tensor is let go of after its last use."""
+        products: deque[Product] = saved["products"]
+        normed = None
+        while products:
+            name, gradient, source = products.popleft()
+            if source is NORMED:
+                normed = self._normed_again(saved, last=True) if normed is None else normed
+                source = normed
+            self._multiply(name, gradient, source)
+        del saved["products"]
+
+    def _add_product(
+        self, saved: Saved, name: str, gradient: torch.Tensor, source: torch.Tensor | None
+    ) -> None:
+        """Add a product to a weight's gradient, now or (where ``saved`` has a queue for it) in W."""
+        if "products" in saved:
+            saved["products"].append((name, gradient, source))
+        else:
+            assert source is not NORMED
+            self._multiply(name, gradient, source)
+
+    def _multiply(self, name: str, gradient: torch.Tensor, source: torch.Tensor) -> None:
+        left, right = (source, gradient) if self.conv1d else (gradient, source)
+        self.d[name].addmm_(left.t(), right)
+
+    def _source(self, saved: Saved) -> torch.Tensor | None:
+        """The gathered norm of x for weight products: computed again, or left to W."""
+        return NORMED if "products" in saved else self._normed_again(saved)
 
     def _normed(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
         """The gathered norm of x; saves x and the norm's statistics."""
@@ -105,9 +149,11 @@ class SegmentRunner(ABC):
         saved.update(x=x, statistics=statistics)
         return self.context.gather(normed)
 
-    def _normed_again(self, saved: Saved) -> torch.Tensor:
+    def _normed_again(self, saved: Saved, *, last: bool = False) -> torch.Tensor:
+        """The gathered norm of x once more; ``last``: nobody needs x and its statistics after that."""
         assert self.norm is not None
-        return self.context.gather(self.norm.again(saved["x"], saved["statistics"]))
+        take = saved.pop if last else saved.__getitem__
+        return self.context.gather(self.norm.again(take("x"), take("statistics")))
 
     def _norm_backward(self, saved: Saved, dnormed: torch.Tensor) -> torch.Tensor:
         """From the local gradient of the normed x to that of x."""
@@ -145,18 +191,27 @@ class Embedding(SegmentRunner):
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """An empty tensor: nothing lies before the embedding."""
-        context = self.context
+        dx = self.backward_input(saved, dy)
+        self.backward_weight(saved)
+        return dx
+
+    def backward_input(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """An empty tensor; all there is to do is for the tables."""
+        saved["dy"] = dy
+        return dy.new_empty(0)
+
+    def backward_weight(self, saved: Saved) -> None:
+        """Add each token's gradient to its row of the table, and to its position's."""
+        context, ids, dy = self.context, saved.pop("ids"), saved.pop("dy")
         if context.positions is not None:
             self.d["wpe.weight"].index_add_(0, context.positions, dy)
         full = context.gather(dy)
-        ids = saved.pop("ids")
         if self.dims.tp > 1:
             local, outside = vocabulary_slice(ids, *context.vocabulary)
             full.masked_fill_(outside.unsqueeze(1), 0)
             self.d[self.table].index_add_(0, local, full)
         else:
             self.d[self.table].index_add_(0, ids, full)
-        return dy.new_empty(0)
 
 
 class SplitAttention(SegmentRunner):
@@ -206,7 +261,7 @@ class SplitAttention(SegmentRunner):
         attention: Attention = saved.pop("attention")
         self._add_bias_gradient("o_proj.bias", dy)
         full = self.context.gather(dy)
-        self.d["o_proj.weight"].addmm_(full.t(), attention.context())
+        self._add_product(saved, "o_proj.weight", full, attention.context())
         dcontext = torch.mm(full, self.w["o_proj.weight"])
         del full
         dq, dk, dv = attention.backward(dcontext)
@@ -219,9 +274,9 @@ class SplitAttention(SegmentRunner):
                 raw, statistics = saved.pop(f"{name}_raw")
                 self.head_norms[name].backward(self._by_head(name, gradient), raw, statistics)
                 del raw, statistics
-        source = self._normed_again(saved)
+        source = self._source(saved)
         for name, gradient in (("q", dq), ("k", dk), ("v", dv)):
-            self.d[f"{name}_proj.weight"].addmm_(gradient.t(), source)
+            self._add_product(saved, f"{name}_proj.weight", gradient, source)
             self._add_bias_gradient(f"{name}_proj.bias", gradient)
         del source, gradient
         dnormed = torch.mm(dq, self.w["q_proj.weight"])
@@ -234,6 +289,8 @@ class SplitAttention(SegmentRunner):
 
 class FusedAttention(SegmentRunner):
     """Attention with one fused projection in Conv1D orientation [in, out] (gpt2)."""
+
+    conv1d = True
 
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
@@ -254,7 +311,7 @@ class FusedAttention(SegmentRunner):
         attention: Attention = saved.pop("attention")
         self._add_bias_gradient("c_proj.bias", dy)
         full = self.context.gather(dy)
-        self.d["c_proj.weight"].addmm_(attention.context().t(), full)
+        self._add_product(saved, "c_proj.weight", full, attention.context())
         dcontext = torch.mm(full, self.w["c_proj.weight"].t())
         del full
         parts = attention.backward(dcontext)
@@ -267,9 +324,7 @@ class FusedAttention(SegmentRunner):
 def _fused_input_backward(segment: SegmentRunner, name: str, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
     """Backward of the residual and of ``norm(x) @ weight + bias``, whose gradient is in ``saved``."""
     gradient = saved.pop("gradient")
-    source = segment._normed_again(saved)
-    segment.d[f"{name}.weight"].addmm_(source.t(), gradient)
-    del source
+    segment._add_product(saved, f"{name}.weight", gradient, segment._source(saved))
     segment._add_bias_gradient(f"{name}.bias", gradient)
     dnormed = torch.mm(gradient, segment.w[f"{name}.weight"].t())
     del gradient
@@ -306,7 +361,7 @@ class GatedMlp(SegmentRunner):
         product = active * up
         self._add_bias_gradient("down_proj.bias", dy)
         full = self.context.gather(dy)
-        self.d["down_proj.weight"].addmm_(full.t(), product)
+        self._add_product(saved, "down_proj.weight", full, product)
         del product
         dproduct = torch.mm(full, self.w["down_proj.weight"])
         del full
@@ -315,9 +370,9 @@ class GatedMlp(SegmentRunner):
         del up, active
         dgate = torch.ops.aten.silu_backward(dproduct, gate)
         del dproduct, gate
-        source = self._normed_again(saved)
+        source = self._source(saved)
         for name, gradient in (("gate_proj", dgate), ("up_proj", dup)):
-            self.d[f"{name}.weight"].addmm_(gradient.t(), source)
+            self._add_product(saved, f"{name}.weight", gradient, source)
             self._add_bias_gradient(f"{name}.bias", gradient)
         del source, gradient
         dnormed = torch.mm(dgate, self.w["gate_proj.weight"])
@@ -329,6 +384,8 @@ class GatedMlp(SegmentRunner):
 
 class PlainMlp(SegmentRunner):
     """gelu(fc), then proj, in Conv1D orientation (gpt2)."""
+
+    conv1d = True
 
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
@@ -350,7 +407,7 @@ class PlainMlp(SegmentRunner):
         active = functional.gelu(fc, approximate="tanh")
         self._add_bias_gradient("c_proj.bias", dy)
         full = self.context.gather(dy)
-        self.d["c_proj.weight"].addmm_(active.t(), full)
+        self._add_product(saved, "c_proj.weight", full, active)
         del active
         dactive = torch.mm(full, self.w["c_proj.weight"].t())
         del full
@@ -372,7 +429,8 @@ class Head(SegmentRunner):
             for n in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
             if n in context.weights
         )
-        self.weight, self.weight_gradient = context.weights[name], context.gradients[name]
+        self.weight = context.weights[name]
+        self.d["table"] = context.gradients[name]  # it may be the embedding's
 
     def logits(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
         """The rank's slice of the logits, [T, vocabulary / tp]."""
@@ -425,9 +483,7 @@ class Head(SegmentRunner):
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x; dy is not looked at."""
         logits = saved.pop("logits")
-        source = self._normed_again(saved)
-        self.weight_gradient.addmm_(logits.t(), source)
-        del source
+        self._add_product(saved, "table", logits, self._source(saved))
         dnormed = torch.mm(logits, self.weight)
         del logits
         dnormed = self.context.reduce(dnormed)

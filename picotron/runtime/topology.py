@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from picotron.planner.cost import of_kind
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.program import COMPUTE
 from picotron.planner.topology import groups
 from picotron.runtime.backend import Backend, Group
 
 
 def group_names(plan: TrainingPlan) -> tuple[str, ...]:
     """The kinds of group that the plan's program and bodies use, in the order in which they are opened."""
-    bodies = [body for stage in range(plan.topology.pp) for body in plan.bodies(stage)]
+    bodies = [of_kind(plan.bodies(stage), kind) for stage in range(plan.num_stages) for kind in COMPUTE]
     inside = {op.group for body in bodies for segment in body.segments for op in segment.collectives}
     return tuple(sorted({*plan.program().groups, *inside}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from picotron.errors import PlanError
 from picotron.planner.body import (
     CATEGORIES,
     COLLECTIVES,
+    Bodies,
     Body,
     Dims,
     Operation,
@@ -23,7 +25,8 @@ from picotron.planner.body import (
 )
 from picotron.planner.flops import matmuls
 from picotron.planner.model import ModelSpec, segments
-from picotron.planner.stage import backward_body, forward_body
+from picotron.planner.split_backward import split_backward
+from picotron.planner.stage import backward_body, forward_body, stage_bodies
 from picotron.planner.topology import Topology
 
 LLAMA: dict[str, Any] = {
@@ -94,6 +97,12 @@ def _bodies(config: dict[str, Any], topology: Topology, **changes: Any) -> tuple
         forward_body(model, topology, 0, own, local),
         backward_body(model, topology, 0, own, local),
     )
+
+
+def _all_bodies(config: dict[str, Any], topology: Topology, **changes: Any) -> Bodies:
+    """The whole model as one stage, in every phase."""
+    model = ModelSpec.from_hf(config)
+    return stage_bodies(model, topology, 0, segments(model), _dims(model, topology, **changes))
 
 
 def test_local_sizes() -> None:
@@ -312,3 +321,127 @@ def test_segments_run_backward_in_reverse() -> None:
         "kernel",
         *COLLECTIVES,
     }
+
+
+def _done(*bodies: Body) -> Counter[Any]:
+    """Every operation of ``bodies`` but what it frees; a step that does nothing but free is left out."""
+    return Counter(
+        (s.name, op.name, op.kind, op.flops, op.moved_bytes, op.kernels, op.payload_bytes, op.creates)
+        for body in bodies
+        for s in body.segments
+        for op in s.operations
+        if op.name != "free"
+    )
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), CUTS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_halves_of_a_backward_do_what_the_whole_does(
+    family: str, tp: int, sequence_parallel: bool
+) -> None:
+    """Each operation is in I or in W, and both free all that F and they made, once."""
+    bodies = _all_bodies(FAMILIES[family], Topology(tp=tp), sequence_parallel=sequence_parallel)
+    halves = bodies.backward_input, bodies.backward_weight
+    assert [body.phase for body in (bodies.forward, bodies.backward, *halves)] == ["F", "B", "I", "W"]
+    assert _done(*halves) == _done(bodies.backward)
+    assert [[s.name for s in body.segments] for body in halves] == [
+        [s.name for s in bodies.backward.segments]
+    ] * 2
+    assert _live_after((bodies.forward, *halves), set()) == set()
+    assert not any(op.for_weights for s in bodies.forward.segments for op in s.operations)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_weight_gradients_multiply_as_much_as_forward(family: str) -> None:
+    """W has the FLOPs of forward's products with weights, I as many and those of attention's backward."""
+    bodies = _all_bodies(FAMILIES[family], Topology())
+
+    def flops(body: Body, kind: str) -> int:
+        return sum(op.flops for s in body.segments for op in s.operations if op.kind == kind)
+
+    products = flops(bodies.forward, "matmul")
+    assert bodies.backward_weight.flops == flops(bodies.backward_weight, "matmul") == products
+    assert flops(bodies.backward_input, "matmul") == products
+    assert flops(bodies.backward_input, "attention") == flops(bodies.backward, "attention")
+
+
+def _kept(bodies: Bodies, number: int) -> dict[str, int]:
+    """Bytes by name of what segment ``number`` holds between I and W, its borders' tensors among it."""
+    x, dy = (Tensor(name, 8 * 8 * 2) for name in (f"{number}.x", f"{number + 1}.g"))
+    live = {x.name: x, dy.name: dy} if number else {dy.name: dy}
+    for segment in (bodies.forward.segments[number], bodies.backward_input.segments[-1 - number]):
+        for op in segment.operations:
+            live |= {tensor.name: tensor for tensor in op.creates}
+            for tensor in op.frees:
+                assert live.pop(tensor.name)
+    own = {"g", f"{number + 1}.x"}  # what it hands on
+    names = {name: "dy" if name == dy.name else name.removeprefix(f"{number}.") for name in live}
+    return {short: live[name].bytes for name, short in names.items() if not {short, name} & own}
+
+
+def test_what_stays_between_the_halves() -> None:
+    """Llama's products hold their inputs and output gradients; the norm's output is computed again.
+
+    8 tokens, 8 wide, of 2 bytes; 12 columns of the MLP, 10 words; key/value heads are half of the heads.
+    """
+    bodies = _all_bodies(LLAMA, Topology())
+    hidden, inner = 8 * 8 * 2, 8 * 12 * 2
+    norm = {"x": hidden, "inverse": 8 * 2}
+    heads = {"context": hidden, "dq": hidden, "dk": hidden // 2, "dv": hidden // 2}
+    assert _kept(bodies, 0) == {"token_ids": 8 * 8, "dy": hidden}
+    assert _kept(bodies, 1) == norm | heads | {"dy": hidden}
+    columns = {"product": inner, "dgate": inner, "active": inner}  # active: by then the gradient of up
+    assert _kept(bodies, 2) == norm | columns | {"dy": hidden}
+    logits = {"logits": 8 * 10 * 2}  # by then their gradient; nothing comes back into the head
+    assert _kept(bodies, 5) == norm | logits | {"dy": hidden}
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), CUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_weight_products_read_their_operands(family: str, tp: int, sequence_parallel: bool) -> None:
+    """What each product over the 8 tokens reads is, with the weight's gradient, all that it moves."""
+    halves = _all_bodies(FAMILIES[family], Topology(tp=tp), sequence_parallel=sequence_parallel)
+    for segment in halves.backward_weight.segments:
+        for op in segment.operations:
+            if op.kind == "matmul":
+                operands = sum(tensor.bytes for tensor in op.reads)
+                assert op.moved_bytes == operands + op.flops // (2 * 8) * 2, op.name
+
+
+def test_what_experts_leave_for_their_weights() -> None:
+    """Mixtral's expert products and the router's, by hand: 8 tokens to two of four experts each."""
+    live = _kept(_all_bodies(MIXTRAL, Topology()), 2)
+    hidden, rows = 8 * 8 * 2, 8 * 2
+    columns = dict.fromkeys(("product", "dgate", "dproduct"), rows * 12 * 2)
+    ends = dict.fromkeys(("dispatched", "expert doutput"), rows * 8 * 2)
+    experts = {f"expert {name}": size for name, size in columns.items()} | ends
+    assert live == {"x": hidden, "inverse": 8 * 2, "scores": 8 * 4 * 4} | experts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_weight_gradients_gather_inputs_only(family: str) -> None:
+    """Under sequence parallelism W gathers each norm's output again, I gradients; else W is silent."""
+    halves = _all_bodies(FAMILIES[family], Topology(tp=2), sequence_parallel=True)
+    assert _kinds(halves.backward_input, 0) == {"all_gather": 2, "reduce_scatter": 2}
+    assert _kinds(halves.backward_weight, 0) == {"all_gather": 2}
+    halves = _all_bodies(FAMILIES[family], Topology(tp=2))
+    assert _kinds(halves.backward_input, 0) == {"all_reduce": 2}
+    assert collective_bytes(halves.backward_weight) == {}
+
+
+def test_a_weight_step_frees_what_it_used_last() -> None:
+    """A step of W frees what it made for itself and what no later one reads; I keeps what W reads."""
+    a, b, c, again = (Tensor(name, 1) for name in ("a", "b", "c", "again"))
+
+    def body(*operations: Operation) -> Body:
+        return Body(stage=3, phase="B", segments=(SegmentBody(name="s", operations=operations),))
+
+    make = Operation(name="make", kind="kernel", creates=(c,))
+    recompute = Operation(name="recompute", kind="kernel", reads=(a,), creates=(again,))
+    first = Operation(name="first", kind="matmul", reads=(again, b))
+    second = Operation(name="second", kind="matmul", reads=(again, a), frees=(again,))
+    end = Operation(name="end", kind="kernel", frees=(a, b, c))
+    inputs, weights = split_backward(body(make, recompute, first, second, end))
+    assert inputs == attrs.evolve(body(make, attrs.evolve(end, frees=(c,))), phase="I")
+    ends = attrs.evolve(first, frees=(b,)), attrs.evolve(second, frees=(again, a))
+    assert weights == attrs.evolve(body(recompute, *ends), phase="W")

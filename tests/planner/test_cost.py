@@ -16,6 +16,7 @@ from picotron.planner.cost import (
     StageCost,
     compute_seconds,
     group_seconds,
+    of_kind,
     send_seconds,
     stage_cost,
     stage_costs,
@@ -23,6 +24,7 @@ from picotron.planner.cost import (
 )
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.program import COMPUTE, Kind
 from picotron.planner.workload import Workload
 
 TINY: dict[str, Any] = {
@@ -38,6 +40,18 @@ TINY: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
+}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 8,
+    "n_embd": 4,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_inner": 6,
+    "n_positions": 16,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
 }
 MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -151,8 +165,8 @@ def test_a_stage_sums_its_segments() -> None:
     """Computing and blocking communication, one after the other; the embedding comes last in backward."""
     made = _plan(_cluster(per_node=2), tp=2)
     cost = stage_cost(made, 0)
-    forward, backward = made.bodies(0)
-    for costs, body in ((cost.forward, forward), (cost.backward, backward)):
+    for kind in COMPUTE:
+        costs, body = of_kind(cost, kind), of_kind(made.bodies(0), kind)
         assert [c.compute_seconds for c in costs] == pytest.approx(
             [sum(compute_seconds(made, op) for op in segment.operations) for segment in body.segments]
         )
@@ -168,9 +182,8 @@ def test_a_stage_sums_its_segments() -> None:
 def test_a_segment_keeps_its_order() -> None:
     """Stretches of computing between collectives, each the sum of its operations, one after the other."""
     made = _plan(_cluster(per_node=2), tp=2)
-    for costs, body in zip(
-        (stage_cost(made, 0).forward, stage_cost(made, 0).backward), made.bodies(0), strict=True
-    ):
+    for kind in COMPUTE:
+        costs, body = of_kind(stage_cost(made, 0), kind), of_kind(made.bodies(0), kind)
         for cost, segment in zip(costs, body.segments, strict=True):
             stretches = [0.0]
             for operation in segment.operations:
@@ -215,7 +228,7 @@ def test_a_segment_needs_a_stretch_more_than_collectives() -> None:
 
 
 def test_totals_of_a_stage() -> None:
-    """F, B and what both compute."""
+    """F, B and what each computes; where nothing is said of them, I takes what B takes and W nothing."""
 
     def costs(compute: list[float], *seconds: float) -> SegmentCost:
         return SegmentCost(
@@ -229,5 +242,40 @@ def test_totals_of_a_stage() -> None:
     stage = StageCost(
         forward=(costs([0.25, 0.75], 2),), backward=(costs([1, 1, 1], 3, 1), costs([5])), update_seconds=9
     )
-    assert (stage.forward_seconds, stage.backward_seconds, stage.compute_seconds) == (3, 12, 9)
+    assert (stage.forward_seconds, stage.backward_seconds) == (3, 12)
+    assert (stage.compute_seconds(Kind.FORWARD), stage.compute_seconds(Kind.BACKWARD)) == (1, 8)
     assert [segment.communication_seconds for segment in stage.backward] == [4, 0]
+    assert (stage.backward_input_seconds, stage.backward_weight_seconds) == (12, 0)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("config", [TINY, GPT2], ids=["llama", "gpt2"])
+def test_the_halves_of_a_backward_take_what_it_takes(config: dict[str, Any], tp: int) -> None:
+    """I and W, by segments: computing and communication of both together are those of B."""
+    made = _plan(_cluster(per_node=tp), config, tp=tp)
+    cost = stage_cost(made, 0)
+    for whole, half, rest in zip(cost.backward, cost.backward_input, cost.backward_weight, strict=True):
+        assert half.compute_seconds + rest.compute_seconds == pytest.approx(whole.compute_seconds)
+        assert half.communication_seconds + rest.communication_seconds == pytest.approx(
+            whole.communication_seconds
+        )
+    assert 0 < cost.backward_weight_seconds < cost.backward_seconds
+
+
+def test_a_rank_of_several_stages_updates_all_of_them() -> None:
+    """What the update of each stage takes adds up to that of the model, on one rank or on two."""
+    config = TINY | {"num_hidden_layers": 4}
+    whole = update_seconds(_plan(_cluster(), config), 0)
+    alone = _plan(_cluster(), config, schedule="interleaved", virtual_stages=4)
+    assert sum(update_seconds(alone, stage) for stage in range(4)) == pytest.approx(whole)
+    pair = _plan(_cluster(per_node=2), config, pp=2, schedule="zb-v")
+    assert sum(update_seconds(pair, stage) for stage in range(4)) == pytest.approx(whole)
+
+
+def test_transfers_run_between_the_ranks_that_hold_neighbouring_stages() -> None:
+    """Three ranks on nodes of two: going round, the last one sends to the first across the network."""
+    chain = _plan(_cluster(nodes=2, per_node=2), TINY | {"num_hidden_layers": 8}, pp=4)
+    loop = evolve(chain, schedule_name="interleaved", virtual_stages=2, stage_layers=(1,) * 8)
+    assert send_seconds(loop, 16) == send_seconds(chain, 16) == pytest.approx(3 + 16)
+    near = _plan(_cluster(per_node=2), TINY | {"num_hidden_layers": 4}, pp=2, schedule="zb-v")
+    assert send_seconds(near, 16) == pytest.approx(1 + 4)

@@ -16,6 +16,7 @@ def _placement(name: str, numel: int, segment: int, partial: tuple[str, ...] = (
         role="norm",
         init="ones",
         stage=0,
+        rank=0,
         segment=segment,
         cut=None,
         replicated=("dp", "cp", "tp"),

@@ -22,22 +22,23 @@ from picotron.planner.chart import (
 )
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.draw import (
-    WIDTH,
     draw_grid,
     draw_memory,
     draw_plan,
     draw_prediction,
-    draw_schedule,
     draw_timeline,
     stage_contents,
     stage_memory,
 )
+from picotron.planner.draw_schedule import draw_schedule
 from picotron.planner.draw_svg import schedule_svg, timeline_svg
+from picotron.planner.grid import WIDTH
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import schedule_from_csv
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import Kind, Row, rows
+from picotron.planner.schedule_times import unit_costs
 from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.timeline import Timeline, make_timeline
 from picotron.planner.workload import Workload
@@ -157,8 +158,8 @@ def test_the_grid_of_1f1b_is_the_papers_figure() -> None:
 
 def test_costs_set_the_width_of_actions() -> None:
     """With B as long as F, afab on one rank fills the same columns with each."""
-    assert "rank 0  F0F1B0B1" in draw_schedule(afab(1, 2), (1, 1))
-    assert "rank 0  F0F1B0▓▓▓▓B1▓▓▓▓" in draw_schedule(afab(1, 2), (1, 3))
+    assert "rank 0  F0F1B0B1" in draw_schedule(afab(1, 2), unit_costs(1, i=0.5, w=0.5))
+    assert "rank 0  F0F1B0▓▓▓▓B1▓▓▓▓" in draw_schedule(afab(1, 2), unit_costs(1, i=2))
 
 
 def test_a_long_grid_shows_its_beginning_and_end_and_says_so() -> None:
@@ -184,10 +185,10 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
         draw_schedule(schedule)
 
 
-def test_costs_must_be_positive() -> None:
-    """An action without length has no place in a grid."""
-    with pytest.raises(PlanError, match="costs must be positive"):
-        draw_schedule(afab(1, 1), (0, 2))
+def test_an_action_without_length_is_not_drawn() -> None:
+    """With weight gradients that take no time, I stands alone."""
+    schedule = schedule_from_csv("0F0,0I0,0W0\n")
+    assert "rank 0  F0I0\n" in draw_schedule(schedule, unit_costs(1, w=0))
 
 
 def test_a_wait_counts_only_while_its_transfer_is_under_way() -> None:
@@ -444,7 +445,7 @@ def test_everything_is_drawn_of_the_smallest_plan() -> None:
 
 def test_bars_end_at_the_nearest_column() -> None:
     """B takes 1.3 units of two columns each: from 4 to 6.6 and to 9.2, drawn from 4 to 7 and to 9."""
-    assert "rank 0  F0F1B0▓B1·" in draw_schedule(afab(1, 2), (1, 1.3))
+    assert "rank 0  F0F1B0▓B1·" in draw_schedule(afab(1, 2), unit_costs(1, i=0.8, w=0.5))
 
 
 def test_what_two_activities_share_is_not_idle() -> None:

@@ -14,6 +14,7 @@ from picotron.planner.pipeline import Schedule, peak_microbatches, schedule_from
 from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.split import stage_split
 
+ONE_RANK_A_STAGE = [name for name in sorted(SCHEDULES) if not SCHEDULES[name].bidirectional]
 COMPLETE = "must run an F and a B, or an F, an I and a W, of each microbatch on each of its stages"
 FIGURE = """\
 0F0,0F1,0F2,0F3,0B0,0F4,0B1,0F5,0B2,0F6,0B3,0F7,0B4,0B5,0B6,0B7
@@ -71,17 +72,19 @@ def test_csv_round_trip() -> None:
     assert str(schedule_from_csv(padded)) == "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", ONE_RANK_A_STAGE)
 def test_torch_accepts_the_csv(name: str) -> None:
     """torch's own parser reads every cell back and its own validator finds each stage on its rank."""
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-    text = schedule_to_csv(make_schedule(name, 3, 5))
+    schedule = make_schedule(name, 3, 5)
+    text = schedule_to_csv(schedule)
     actions = {
         rank: [schedules._Action.from_str(cell) for cell in line.split(",")]
         for rank, line in enumerate(text.splitlines())
     }
     assert "".join(",".join(map(str, own)) + "\n" for own in actions.values()) == text
-    assert schedules._validate_schedule(actions, 3, 3, 5) == {0: 0, 1: 1, 2: 2}
+    found = schedules._validate_schedule(actions, 3, schedule.num_stages, 5)
+    assert found == dict(enumerate(schedule.stage_ranks))
 
 
 def _lowered_by_torch(orders: tuple[tuple[Action, ...], ...]) -> dict[int, list[str]]:
@@ -96,7 +99,7 @@ def _lowered_by_torch(orders: tuple[tuple[Action, ...], ...]) -> dict[int, list[
     return {rank: [str(action) for action in done if action] for rank, done in simulated.items()}
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", ["afab", "1f1b", "zb-h1", "zb-h2"])
 def test_torch_lowers_the_schedule_without_deadlock(name: str) -> None:
     """torch runs every action in our order, and adds a send and a receive for each crossing of a boundary."""
     schedule = make_schedule(name, 4, 8)
@@ -176,9 +179,12 @@ def test_two_stages_on_a_rank_are_a_schedule() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a schedule needs at least one action, got an empty text"),
+        ("", "a schedule needs at least one action, got none"),
         ("0F0,oops\n", "line 1: an action must look like 2F0 (stage, F, B, I or W, microbatch), got 'oops'"),
-        ("0F0,0B0\n2F0,2B0\n", "stages must be numbered from 0 without gaps, got [0, 2]"),
+        (
+            "0F0,0B0\n2F0,2B0\n",
+            "rank 1, position 0, action 2F0: stages must be numbered from 0 without gaps, and there is no 1",
+        ),
     ],
 )
 def test_texts_that_are_no_schedule_are_refused(text: str, message: str) -> None:
@@ -190,8 +196,10 @@ def test_texts_that_are_no_schedule_are_refused(text: str, message: str) -> None
 
 def test_unknown_and_empty_schedules_are_refused() -> None:
     """Names are those of SCHEDULES; a schedule has ranks and microbatches."""
-    with pytest.raises(PlanError, match="schedule must be one of afab, 1f1b, got 'gpipe'"):
-        make_schedule("gpipe", 2, 2)
+    with pytest.raises(
+        PlanError, match="schedule must be one of afab, 1f1b, .*got 'GPipe'; did you mean afab?"
+    ):
+        make_schedule("GPipe", 2, 2)
     with pytest.raises(PlanError, match="at least one rank and one microbatch, got 0 and 2"):
         one_f_one_b(0, 2)
     with pytest.raises(PlanError, match="at least one rank and one microbatch, got 2 and 0"):

@@ -9,9 +9,10 @@ import attrs
 import pytest
 
 from picotron.errors import PlanError
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import schedule_from_csv
+from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.schedules import one_f_one_b
 from picotron.planner.topology import Coordinate
@@ -154,7 +155,45 @@ def test_a_schedule_of_ones_own() -> None:
             {"dp": 5, "batch": 5, "etp": 5, "config": MIXTRAL},
             "etp must divide the experts' size 24, got etp=5",
         ),
-        (1, {"schedule": "gpipe"}, "schedule must be one of afab, 1f1b, got 'gpipe'"),
+        (
+            2,
+            {"pp": 2, "schedule": "dualpipe"},
+            "dualpipe keeps two copies of the parameters, which cannot be run yet; dualpipe-v needs one",
+        ),
+        (
+            2,
+            {"pp": 2, "schedule": make_schedule("dualpipe", 2, 8)},
+            "dualpipe keeps two copies of the parameters, which cannot be run yet; dualpipe-v needs one",
+        ),
+        (
+            2,
+            {"pp": 2, "schedule": "interleaved", "virtual_stages": 3},
+            "pp * virtual_stages must be at most the model's 4 layers, got 2 * 3; "
+            "lower one of the two or take a schedule with fewer stages a rank",
+        ),
+        (
+            3,
+            {"pp": 3, "schedule": "zb-v"},
+            "pp * virtual_stages must be at most the model's 4 layers, got 3 * 2; "
+            "lower one of the two or take a schedule with fewer stages a rank",
+        ),
+        (
+            2,
+            {"pp": 2, "schedule": "1f1b", "virtual_stages": 2},
+            "virtual_stages of 1f1b must be 1, got 2; interleaved, bfs, interleaved-zb take any",
+        ),
+        (1, {"virtual_stages": 0}, "virtual_stages must be a whole number of at least 1, got 0"),
+        (1, {"virtual_stages": True}, "virtual_stages must be a whole number of at least 1, got True"),
+        (
+            2,
+            {"pp": 2, "schedule": "zb-v", "stage_layers": (2, 2)},
+            "stage_layers must give 4 stages all 4 layers, got (2, 2)",
+        ),
+        (
+            2,
+            {"pp": 2, "schedule": one_f_one_b(2, 8), "virtual_stages": 2},
+            "the schedule must have virtual_stages=2 stages on each of 2 ranks, got 2 stages",
+        ),
         (
             1,
             {"config": GPT2, "seq_len": 17},
@@ -197,6 +236,13 @@ def test_an_order_must_name_every_axis(order: tuple[str, ...]) -> None:
     assert "order must name each of" in _refusal(order=order)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "", "zb", None, 1])
+def test_an_unknown_schedule_is_refused_with_those_that_there_are(schedule: object) -> None:
+    """All names are listed."""
+    refusal = _refusal(schedule=schedule)
+    assert refusal.startswith(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
 @pytest.mark.parametrize("micro_batch", [0, -1, 1.0, True, "1"])
 def test_micro_batch_is_a_whole_number(micro_batch: object) -> None:
     """Whatever else is asked for."""
@@ -213,15 +259,80 @@ def test_expert_tensor_parallelism_needs_experts() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "0F0,2F0,2B0,0B0,0F1,2F1,2B1,0B1\n1F0,3F0,3B0,1B0,1F1,3F1,3B1,1B1\n",
         "1F0,1B0,1F1,1B1\n0F0,0B0,0F1,0B1\n",
+        "0F0,1F0,1B0,0B0,0F1,1F1,1B1,0B1\n2F0,3F0,3B0,2B0,2F1,3F1,3B1,2B1\n",
     ],
-    ids=["two stages a rank", "stage 0 on rank 1"],
+    ids=["stage 0 on rank 1", "neighbours on one rank"],
 )
-def test_each_rank_has_the_stage_of_its_number(text: str) -> None:
-    """A plan places stage s on pipeline rank s, and a schedule must as well."""
+def test_stages_go_round_the_ranks_or_up_and_back(text: str) -> None:
+    """Any other placement is refused, whatever the orders."""
     refusal = _refusal(2, pp=2, batch=2, schedule=schedule_from_csv(text))
-    assert re.match("stage s must be on pipeline rank s, got stages on ranks", refusal)
+    assert re.match("stages must go round the pipeline ranks, or up and back, got stages on ranks", refusal)
+
+
+@pytest.mark.parametrize("name", [name for name, row in SCHEDULES.items() if not row.bidirectional])
+def test_every_schedule_with_one_copy_can_be_planned(name: str) -> None:
+    """By its name or from its own CSV: with the same stages on the same ranks, and the same program."""
+    stages = 1 if SCHEDULES[name].virtual_stages == 1 else 2
+    made = _plan(2, pp=2, schedule=name)
+    assert (made.virtual_stages, made.num_stages, sum(made.stage_layers)) == (stages, 2 * stages, 4)
+    custom = _plan(2, pp=2, schedule=schedule_from_csv(str(made.schedule)))
+    assert custom.schedule.stage_ranks == made.schedule.stage_ranks
+    assert custom.program() == made.program()
+    assert (f"virtual_stages=2: stages a rank of {name}" in made.chosen) == (stages == 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "rank_of"),
+    [
+        ("interleaved", ((0, 2), (1, 3)), [0, 1, 0, 1]),
+        ("zb-v", ((0, 3), (1, 2)), [0, 1, 1, 0]),
+        ("1f1b", ((0,), (1,)), [0, 1]),
+    ],
+)
+def test_a_rank_holds_the_stages_that_its_schedule_places(
+    name: str, ranks: tuple[tuple[int, ...], ...], rank_of: list[int]
+) -> None:
+    """Stages and ranks by either, and the parameters that follow."""
+    made = _plan(2, pp=2, schedule=name)
+    assert tuple(made.rank_stages(pp) for pp in range(2)) == ranks
+    assert [made.stage_rank(stage) for stage in range(made.num_stages)] == rank_of
+    for pp in range(2):
+        assert {p.stage for p in made.held(Coordinate(pp=pp))} == set(ranks[pp])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stage"),
+    [
+        ("zb-v", None),
+        (schedule_from_csv("0F0,1F0,1B0,0B0\n", name="B"), 0),
+        (schedule_from_csv("0F0,1F0,1I0,1W0,0I0,0W0\n", name="W of the table last"), 0),
+        (schedule_from_csv("0F0,1F0,1I0,0I0,0W0,1W0\n", name="W of the head last"), 1),
+        (schedule_from_csv("0F0,1F0,1I0,0B0,1W0\n", name="B, then W of the head"), 1),
+    ],
+    ids=["zb-v", "B", "W of the embedding last", "W of the head last", "W of the head after B"],
+)
+def test_a_shared_table_is_reduced_with_the_stage_that_adds_to_it_last(
+    schedule: str | Schedule, stage: int | None
+) -> None:
+    """Where one rank holds embedding and head there is one table, in one bucket, complete after both."""
+    pp, batch = (2, 8) if schedule == "zb-v" else (1, 1)
+    made = _plan(pp, pp=pp, batch=batch, schedule=schedule, config=GPT2)
+    assert "embedding" not in made.program().groups
+    assert [p.name for p in made.layout].count("transformer.wte.weight") == 1
+    assert all(p.tied_to is None for p in made.layout)
+    found = [
+        (own, bucket.ready_segment)
+        for own, several in enumerate(made.stage_buckets)
+        for bucket in several
+        if "transformer.wte.weight" in bucket.names
+    ]
+    last = made.num_stages - 1
+    ready = {0: 0, last: len(made.stage_segments[last]) - 1}
+    assert len(found) == 1
+    assert found[0][1] <= ready[found[0][0]]
+    if stage is not None:
+        assert found[0][0] == stage
 
 
 def test_a_schedule_that_waits_in_a_circle_is_refused() -> None:

@@ -14,6 +14,7 @@ from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import model_flops, planned_payloads, predict
+from picotron.planner.program import Kind
 from picotron.planner.workload import Workload
 
 LLAMA: dict[str, Any] = {
@@ -201,7 +202,10 @@ def test_what_each_rank_computes_follows_its_slice() -> None:
     made = _plan(devices=4, dp=2, tp=2, config=LLAMA | {"vocab_size": 11})
     predicted = predict(made)
     costs = [stage_cost(made, 0, index) for index in range(2)]
-    own = [2 * cost.compute_seconds + cost.update_seconds for cost in costs]
+    own = [
+        2 * (cost.compute_seconds(Kind.FORWARD) + cost.compute_seconds(Kind.BACKWARD)) + cost.update_seconds
+        for cost in costs
+    ]
     assert own[0] > own[1]
     assert predicted.compute_seconds_by_rank == pytest.approx((own[0], own[1], own[0], own[1]))
 

@@ -10,6 +10,7 @@ import pytest
 from attrs import evolve, fields
 
 from picotron.errors import PlanError
+from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import schedule_from_csv
@@ -88,6 +89,30 @@ def test_a_schedule_is_saved_as_name_parameters_and_digest():
     }
 
 
+@pytest.mark.parametrize("name", [name for name, row in SCHEDULES.items() if not row.bidirectional])
+@pytest.mark.parametrize("custom", [False, True], ids=["named", "custom"])
+def test_a_plan_of_every_schedule_is_read_back_equal(name: str, custom: bool):
+    """With its stages a rank, and the same orders; by name or as orders of one's own."""
+    schedule = make_schedule(name, 2, 3) if custom else name
+    made = plan(
+        ModelSpec.from_hf("llama-tiny"),
+        ClusterSpec.parse("cpu:1x2"),
+        Workload(global_batch=3, seq_len=8),
+        pp=2,
+        schedule=schedule,
+    )
+    again = plan_from_json(plan_to_json(made))
+    assert again == made
+    assert again.schedule.orders == made.schedule.orders
+    assert json.loads(plan_to_json(made))["virtual_stages"] == made.num_stages // 2
+
+
+def test_a_file_without_stages_a_rank_has_one():
+    """Plans saved before ranks could hold several stages are read as what they were."""
+    made = small_plan()
+    assert plan_from_json(changed("virtual_stages", ..., made)) == made
+
+
 def test_a_custom_schedule_is_saved_whole():
     """Its orders are in the file, and the plan that is read back runs them."""
     made = custom_plan()
@@ -124,7 +149,13 @@ def test_the_fingerprint_is_the_start_of_the_sha256_of_the_json():
         ("schema_version", True, "$.schema_version: must be 1, "),
         ("schema_version", ..., "$.schema_version: required field is missing"),
         ("schedule", ..., "$.schedule: required field is missing"),
-        ("schedule.name", "zigzag", "$.schedule.name: must be one of afab, 1f1b, got 'zigzag'"),
+        (
+            "schedule.name",
+            "zigzag",
+            f"$.schedule.name: must be one of {', '.join(SCHEDULES)}, got 'zigzag'",
+        ),
+        ("virtual_stages", 2, "$.stage_layers: stage_layers must give 4 stages all 6 layers, got (3, 3)"),
+        ("virtual_stages", 0, "$.virtual_stages: virtual_stages must be a whole number of at least 1, got 0"),
         ("schedule.name", "afab", "$.schedule.sha256: must be '"),
         ("schedule.num_ranks", 3, "$.schedule.num_ranks: must be 2, "),
         ("schedule.num_microbatches", "2", "$.schedule.num_microbatches: must be an integer, got '2'"),

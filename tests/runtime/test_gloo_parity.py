@@ -77,6 +77,23 @@ CASES: dict[str, Case] = {
         {"tp": 8, "sequence_parallel": True},
     ),
     "pp8": ({"family": "llama", "layers": 8, "tied": True}, FP32, {"pp": 8}),
+    "pp4 zb-v": ({"family": "llama", "layers": 8, "tied": True}, {}, {"pp": 4, "schedule": "zb-v"}),
+    "pp4 interleaved-zb": (
+        {"family": "qwen3", "layers": 8, "tied": True},
+        {**FP32, "global_batch": 6},
+        {"pp": 4, "schedule": "interleaved-zb"},
+    ),
+    "pp4 dualpipe-v": (
+        {"family": "qwen2", "layers": 8},
+        {"global_batch": 5},
+        {"pp": 4, "schedule": "dualpipe-v"},
+    ),
+    "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
+    "dp2 pp2 tp2 interleaved": (
+        {"family": "gpt2", "layers": 4, "tied": True},
+        {"global_batch": 6},
+        {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "interleaved"},
+    ),
     "dp2 pp2 tp2": (
         {"family": "qwen3", "tied": True},
         FP32,
@@ -94,7 +111,8 @@ CASES: dict[str, Case] = {
     ),
 }
 
-MEASURED = ("dp2", "pp2", "tp3", "dp2 pp2 tp2 sp")  # cases whose later steps have their memory measured
+# Cases whose later steps have their memory measured.
+MEASURED = ("dp2", "pp2", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
 
 
 def made(name: str) -> TrainingPlan:
@@ -201,7 +219,19 @@ def test_processes_train_as_simulated_ranks_do(
 def test_pairs_of_every_axis_are_held_to_the_bit() -> None:
     """The cases whose bits are compared."""
     names = [name for name in CASES if same_bits(made(name))]
-    assert names == ["one rank", "dp2", "pp2", "tp2", "dp2 pp3", "dp2 tp2 adamw", "dp2 pp2 tp2 sp"]
+    assert names == [
+        "one rank",
+        "dp2",
+        "pp2",
+        "tp2",
+        "dp2 pp3",
+        "dp2 tp2 adamw",
+        "pp4 zb-v",
+        "pp4 dualpipe-v",
+        "dp2 pp2 zb-h1",
+        "dp2 pp2 tp2 interleaved",
+        "dp2 pp2 tp2 sp",
+    ]
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -19,6 +19,7 @@ from picotron.runtime.kernels import (
     scaled_frequencies,
     vocabulary_slice,
 )
+from picotron.runtime.memory import MemoryTracker
 
 EPS = 1e-5
 
@@ -171,6 +172,18 @@ def test_attention_leaves_its_inputs_without_a_graph() -> None:
     attention = Attention(q, q.clone(), q.clone())
     assert not q.requires_grad
     assert not attention.context().requires_grad
+
+
+def test_a_context_outlives_its_island() -> None:
+    """After backward the context is what it was, and of the island nothing else is live."""
+    q, k, v = (random(2, 8, 4, 6, seed=seed) for seed in range(3))
+    with MemoryTracker() as tracker:
+        context = (attention := Attention(q.clone(), k.clone(), v.clone())).context()
+        before = context.tolist()
+        gradients = attention.backward(torch.ones_like(context))
+        del attention, gradients
+        assert tracker.live_bytes == context.nbytes
+    assert context.tolist() == before
 
 
 def test_ids_outside_a_slice_are_masked() -> None:

@@ -157,13 +157,28 @@ def plans() -> dict[str, TrainingPlan]:
             tiny_model("llama", tied=True), tiny_workload(global_batch=2), tp=2, sequence_parallel=True
         ),
         "qwen3 pp2 adamw": tiny_plan(tiny_model("qwen3", tied=True), tiny_workload(**adamw), pp=2),
+        "llama zb-v": tiny_plan(
+            tiny_model("llama", layers=4, tied=True), tiny_workload(**adamw), pp=2, schedule="zb-v"
+        ),
+        "gpt2 interleaved-zb": tiny_plan(
+            tiny_model("gpt2", layers=4, tied=True),
+            tiny_workload(global_batch=3),
+            pp=2,
+            tp=2,
+            sequence_parallel=True,
+            schedule="interleaved-zb",
+        ),
+        "qwen3 dualpipe-v": tiny_plan(
+            tiny_model("qwen3", layers=4), tiny_workload(global_batch=5), pp=2, schedule="dualpipe-v"
+        ),
         "qwen2 fp32 dp2 adamw": tiny_plan(
             tiny_model("qwen2"), tiny_workload(precision="fp32", **adamw), dp=2
         ),
     }
 
 
-NAMES = ("gpt2 dp2 pp2", "llama tp2", "qwen3 pp2 adamw", "qwen2 fp32 dp2 adamw")
+SEVERAL = ("llama zb-v", "gpt2 interleaved-zb", "qwen3 dualpipe-v")
+NAMES = (*SEVERAL, "gpt2 dp2 pp2", "llama tp2", "qwen3 pp2 adamw", "qwen2 fp32 dp2 adamw")
 
 
 def train(name: str, **settings: Any) -> pt.Measurement:
@@ -175,7 +190,7 @@ def train(name: str, **settings: Any) -> pt.Measurement:
     "semantics",
     ["rendezvous", "buffered", "batched"],
 )
-@pytest.mark.parametrize("name", ["gpt2 dp2 pp2", "qwen3 pp2 adamw"])
+@pytest.mark.parametrize("name", ["gpt2 dp2 pp2", "qwen3 pp2 adamw", *SEVERAL])
 def test_a_ranks_bytes_are_the_plans_however_messages_meet(name: str, semantics: str) -> None:
     """Live bytes at the end of every segment and row, and the step's peak, on every rank."""
     for rank, measured in enumerate(train(name, semantics=semantics).memory):

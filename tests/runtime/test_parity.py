@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.pipeline import schedule_from_csv
 from property_tests.strategies_runtime import degree_triples
 from tests.runtime.models import (
     FAMILIES,
@@ -23,12 +25,14 @@ from tests.runtime.models import (
 )
 
 
-def assert_parity(model: dict[str, Any], work: dict[str, Any], parallel: dict[str, Any]) -> None:
-    """Five steps of the plan have the single rank's loss, norm and gradients, by planned rows and bytes."""
+def assert_parity(
+    model: dict[str, Any], work: dict[str, Any], parallel: dict[str, Any], *, steps: int = 5
+) -> None:
+    """All steps of the plan have the single rank's loss, norm and gradients, by planned rows and bytes."""
     made = tiny_plan(tiny_model(**model), tiny_workload(**work), **parallel)
     data = random_samples(made.model.vocab_size, made.workload.seq_len)
-    reports = train(made, data, measure_from=4)
-    found = distance(made, reports, reference(single_rank(made)))
+    reports = train(made, data, steps=steps, measure_from=steps - 1)
+    found = distance(made, reports, reference(single_rank(made), steps=steps))
     assert found.largest <= TOLERANCE[made.workload.precision], found
     assert_as_planned(made, reports)
     shares = memory_shares(made, reports)
@@ -61,6 +65,64 @@ def test_every_topology_under_all_forward_all_backward(degrees: tuple[int, int, 
     work = {"global_batch": 4 * dp, "precision": "fp32", "max_grad_norm": 1.0}
     parallel = {"dp": dp, "pp": pp, "tp": tp, "micro_batch": 2, "schedule": "afab"}
     assert_parity(model, work, {**parallel, "sequence_parallel": False})
+
+
+SINGLE = [name for name, row in SCHEDULES.items() if not row.bidirectional]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_schedule(name: str, pp: int) -> None:
+    """Fewer microbatches than ranks, and a number that they do not divide; with dp or tp where ranks allow.
+
+    Family, tied embeddings and sequence parallelism change from case to case.
+    """
+    number = SINGLE.index(name) + pp
+    for num_microbatches, tied in ((max(1, pp - 1), number % 2 == 0), (pp + 1, number % 2 == 1)):
+        stages = make_schedule(name, pp, num_microbatches).num_stages
+        dp, tp = [(1, 1), (2, 1), (1, 2), (2, 2)][number % 4] if pp <= 2 else (1, 1)
+        model = {"family": FAMILIES[number // 2 % 4], "layers": max(2, stages), "tied": tied}
+        work = {"global_batch": dp * num_microbatches}
+        assert_parity(
+            model, work, {"dp": dp, "pp": pp, "tp": tp, "schedule": name, "virtual_stages": None}, steps=2
+        )
+
+
+@pytest.mark.parametrize("virtual_stages", [1, 3])
+@pytest.mark.parametrize("name", [name for name in SINGLE if SCHEDULES[name].virtual_stages == "any"])
+def test_any_number_of_stages_a_rank(name: str, virtual_stages: int) -> None:
+    """One stage a rank, and three of unequal size."""
+    layers = (1, 2, 1, 1, 1, 2)[: 2 * virtual_stages]
+    model = {"family": "qwen3", "layers": sum(layers), "tied": True}
+    parallel = {"pp": 2, "schedule": name, "virtual_stages": virtual_stages, "stage_layers": layers}
+    assert_parity(model, {"global_batch": 3}, parallel, steps=2)
+
+
+@pytest.mark.parametrize(
+    "csv",
+    [
+        "0F0,1F0,0F1,1F1,1B0,0B0,1B1,0B1\n",
+        "0F0,1F0,0F1,1F1,1I0,0I0,0W0,1I1,0I1,0W1,1W0,1W1\n",
+        "0F0,1F0,0F1,1F1,1I0,0I0,1W0,1I1,0I1,1W1,0W1,0W0\n",
+        "0F0,1F0,0F1,1F1,1I0,0B0,1B1,0B1,1W0\n",
+        "0F0,3F0,3I0,0F1,3F1,3I1,0I0,0I1,0W0,0W1,3W1,3W0\n1F0,2F0,2I0,1I0,1F1,2F1,2I1,1I1,1W1,1W0,2W0,2W1\n",
+    ],
+    ids=[
+        "B",
+        "W of the head last",
+        "W of the embedding last",
+        "B and W of the head",
+        "V, W of the head last",
+    ],
+)
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_embedding_and_head_of_one_rank_share_a_table(family: str, tp: int, csv: str) -> None:
+    """Its gradient is summed over data-parallel ranks when both stages have added to it, in either order."""
+    made = schedule_from_csv(csv)
+    model = {"family": family, "layers": made.num_stages, "tied": True}
+    parallel = {"dp": 2, "pp": made.num_ranks, "tp": tp, "schedule": made}
+    assert_parity(model, {"global_batch": 4}, parallel, steps=2)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

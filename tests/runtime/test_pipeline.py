@@ -162,6 +162,49 @@ def test_a_segment_that_skips_its_collective_is_found() -> None:
     assert "ended before its planned all_gather 'gather attention input'" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("method", "kind", "missing"),
+    [
+        ("backward_input", Kind.BACKWARD_INPUT, "reduce_scatter"),
+        ("backward_weight", Kind.BACKWARD_WEIGHT, "all_gather"),
+    ],
+)
+def test_the_half_of_a_backward_and_the_stage_that_failed_are_named(
+    method: str, kind: Kind, missing: str
+) -> None:
+    """Rank 0 of a V holds stages 0 and 3: what stage 3 does wrong is told as its own, in I and in W."""
+    model = tiny_model("llama", layers=4)
+    made = tiny_plan(model, tiny_workload(global_batch=2), pp=2, tp=2, schedule="zb-v")
+
+    def damage(session: Session) -> None:
+        if session.where.pp == 0:
+            setattr(session.runners[-1], method, lambda saved, dy=None: dy)
+
+    error = failure(made, damage)
+    own = rows(made.program(), 0)
+    index = next(i for i, row in enumerate(own) if row.kind is kind and row.stage == 3)
+    assert error.rank in (0, 1)
+    assert error.action == f"{own[index]} head"
+    assert error.position == f"row {index}, operation 0"
+    assert f"ended before its planned {missing}" in str(error)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v"])
+def test_a_hand_over_on_one_rank_is_no_message(schedule: str) -> None:
+    """One rank with both stages sends nothing; a V of two sends twice each way, not across its turn."""
+    work, data = tiny_workload(global_batch=3), random_samples(67, 8)
+    alone = tiny_plan(tiny_model("llama"), work, schedule=schedule)
+    (report,) = train(alone, data, steps=1)
+    assert report.results[0].payload_bytes == ()
+    pair = tiny_plan(tiny_model("llama", layers=4), work, pp=2, schedule=schedule)
+    reports = train(pair, data, steps=1)
+    sent = [{(k, g): size for k, g, size in r.results[0].payload_bytes} for r in reports]
+    borders = {"interleaved": 3, "zb-v": 2}[schedule]
+    total = 2 * borders * 3 * pair.dims().local_bytes  # forward and back, of three microbatches
+    assert sum(own["send", "pp"] for own in sent) == total
+    assert sum(own["recv", "pp"] for own in sent) == total
+
+
 def test_a_message_of_another_size_is_found() -> None:
     """The error names the row that sends, not the one that computed."""
     made = tiny_plan(tiny_model("llama"), pp=2)

@@ -6,22 +6,30 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import Kind
+from picotron.planner.stage import stage_bodies
 from picotron.runtime.backend import Backend
-from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.data import DeviceTokens
 from picotron.runtime.pipeline import Session
 from picotron.runtime.segments import Embedding, FusedAttention, GatedMlp, Head, PlainMlp, SplitAttention
 from picotron.runtime.simulated import simulate
-from tests.runtime.models import random_weights, tiny_model, tiny_plan, tiny_workload
+from tests.runtime.models import FAMILIES, random_weights, tiny_model, tiny_plan, tiny_workload
+from tests.runtime.phases import tokens, walk
 
 Weights = dict[str, torch.Tensor]
 BATCH, SEQ_LEN = 2, 8
+BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})]
+DECODERS = [*((family, {}) for family in FAMILIES), *BIASED]
+SPLIT_ORDERS = [
+    "F0 I0 W0",
+    "F0 F1 I0 F2 W0 I1 W1 I2 W2",
+    "F0 F1 F2 I0 I1 I2 W2 W0 W1",
+    "F0 I0 F1 B1 F2 I2 W2 W0",
+]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,13 +38,6 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-
-
-def tokens() -> HostBatch:
-    draw = np.random.default_rng(0)
-    targets = draw.integers(0, 67, (BATCH, SEQ_LEN))
-    targets[0, 5:] = -100
-    return HostBatch(draw.integers(0, 67, (BATCH, SEQ_LEN)), targets)
 
 
 def planned(family: str, *, tp: int = 1, sequence_parallel: bool = False, **config: Any) -> TrainingPlan:
@@ -57,14 +58,14 @@ def segment_of(made: TrainingPlan, number: int, x: torch.Tensor, dy: torch.Tenso
 
     def main(backend: Backend) -> tuple[torch.Tensor, torch.Tensor, float, Weights]:
         session, runner = (s := Session(made, backend, random_weights)), s.runners[number]
-        bodies = {kind: body.segments for kind, body in session.bodies.items()}
-        session.statistics[2] = tokens().num_valid
+        bodies = stage_bodies(made.model, made.topology, 0, made.stage_segments[0], made.dims(backend.rank))
+        session.statistics[2] = tokens(BATCH, SEQ_LEN).num_valid
         with torch.no_grad():
-            session.communicator.open("F", 0, bodies[Kind.FORWARD][number].collectives)
-            batch = DeviceTokens(tokens(), backend.device)
+            session.communicator.open("F", 0, bodies.forward.segments[number].collectives)
+            batch = DeviceTokens(tokens(BATCH, SEQ_LEN), backend.device)
             y, saved = runner.forward(part(x, backend.rank), batch)
             session.communicator.close()
-            session.communicator.open("B", 0, bodies[Kind.BACKWARD][-1 - number].collectives)
+            session.communicator.open("B", 0, bodies.backward.segments[-1 - number].collectives)
             dx = runner.backward(saved, part(dy, backend.rank))
             session.communicator.close()
         gradients = {name: gradient.clone() for name, gradient in session.gradients.items()}
@@ -199,7 +200,7 @@ def test_the_embedding_looks_up_and_adds_up(family: str, tp: int, sequence_paral
     """Each token's row of the table, with its position's where they are learned; a row's gradients add up."""
     made = planned(family, tp=tp, sequence_parallel=sequence_parallel)
     w = weights_of(made)
-    ids = torch.from_numpy(tokens().ids).flatten()
+    ids = torch.from_numpy(tokens(BATCH, SEQ_LEN).ids).flatten()
     name = "model.embed_tokens.weight" if family == "llama" else "transformer.wte.weight"
     expected = w[name][ids]
     if family == "gpt2":
@@ -220,9 +221,9 @@ def test_the_head_is_autograds_cross_entropy(tied: bool, tp: int, sequence_paral
     x = random(BATCH * SEQ_LEN, 24)
     table = w["model.embed_tokens.weight" if tied else "lm_head.weight"].requires_grad_()
     logits = rms(leaf := x.clone().requires_grad_(), w["model.norm.weight"]) @ table.T
-    labels = torch.from_numpy(tokens().targets).flatten()
+    labels = torch.from_numpy(tokens(BATCH, SEQ_LEN).targets).flatten()
     loss_sum = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    (loss_sum / tokens().num_valid).backward()
+    (loss_sum / tokens(BATCH, SEQ_LEN).num_valid).backward()
     found = segment_of(made, last, x, torch.empty(0, dtype=torch.float64))
     assert found["loss_sum"] == pytest.approx(float(loss_sum.detach()), rel=1e-12)
     close(found["dx"], leaf.grad)
@@ -238,7 +239,7 @@ def test_equal_logits_lose_the_logarithm_of_the_vocabulary() -> None:
         session = Session(
             made, backend, lambda p: torch.zeros(p.shape) if "lm_head" in p.name else random_weights(p)
         )
-        return session.step([tokens()]).loss
+        return session.step([tokens(BATCH, SEQ_LEN)]).loss
 
     assert simulate(main, 1)[0] == pytest.approx(math.log(67), rel=1e-12)
 
@@ -251,11 +252,11 @@ def test_large_logits_do_not_overflow() -> None:
         session = Session(made, backend, lambda p: random_weights(p) * (1e4 if "lm_head" in p.name else 1))
         head, saved = session.runners[-1], {}
         assert isinstance(head, Head)
-        x, labels = random(BATCH * SEQ_LEN, 24), torch.from_numpy(tokens().targets).flatten()
+        x, labels = random(BATCH * SEQ_LEN, 24), torch.from_numpy(tokens(BATCH, SEQ_LEN).targets).flatten()
         with torch.no_grad():
             logits = head.logits(x, saved)
-            session.statistics[2] = tokens().num_valid
-            head.forward(x, DeviceTokens(tokens(), backend.device))
+            session.statistics[2] = tokens(BATCH, SEQ_LEN).num_valid
+            head.forward(x, DeviceTokens(tokens(BATCH, SEQ_LEN), backend.device))
         expected = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         return float(session.statistics[1]), float(expected)
 
@@ -271,3 +272,80 @@ def test_a_plan_segment_has_its_runner(family: str) -> None:
     kinds = simulate(lambda backend: [type(r) for r in Session(made, backend).runners], 1)[0]
     block = [SplitAttention, GatedMlp] if family == "llama" else [FusedAttention, PlainMlp]
     assert kinds == [Embedding, *block, *block, Head]
+
+
+every_decoder = pytest.mark.parametrize(
+    ("family", "config"), DECODERS, ids=[*FAMILIES, "llama with biases", "qwen3 with biases"]
+)
+every_cut = pytest.mark.parametrize(
+    ("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["one", "tp2", "tp2-sp"]
+)
+
+
+@every_decoder
+@every_cut
+def test_the_halves_of_a_backward_add_up_to_the_whole(
+    family: str, config: dict[str, Any], tp: int, sequence_parallel: bool
+) -> None:
+    """To the last bit where W follows in the order of I, with a tied table too."""
+    made = planned(family, tp=tp, sequence_parallel=sequence_parallel, tied=True, **config)
+    whole = walk(made, "F0 B0 F1 B1")
+    halves = walk(made, "F0 F1 I0 I1 W0 W1")
+    for rank in range(tp):
+        assert whole[rank].gradients.keys() == halves[rank].gradients.keys()
+        for name, gradient in whole[rank].gradients.items():
+            assert torch.equal(gradient, halves[rank].gradients[name]), name
+
+
+@every_decoder
+@every_cut
+@pytest.mark.parametrize("order", SPLIT_ORDERS)
+def test_weight_gradients_may_wait_and_take_what_is_planned(
+    order: str, family: str, config: dict[str, Any], tp: int, sequence_parallel: bool
+) -> None:
+    """Gradients are those of full backwards; each segment leaves the planned bytes and peaks at them."""
+    made = planned(family, tp=tp, sequence_parallel=sequence_parallel, **config)
+    numbers = sorted({action[1:] for action in order.split()})
+    whole = walk(made, " ".join(f"F{number} B{number}" for number in numbers))
+    for reference, found in zip(whole, walk(made, order), strict=True):
+        assert found.measured == found.planned
+        for name, gradient in found.gradients.items():
+            torch.testing.assert_close(gradient, reference.gradients[name], rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_gated_mlp_leaves_for_its_weights() -> None:
+    """Three products: the saved one with dy, and two with the norm, whose input and statistics stay."""
+    made = planned("llama")
+    x, dy = random(BATCH * SEQ_LEN, 24), random(BATCH * SEQ_LEN, 24, seed=1)
+
+    def main(backend: Backend) -> tuple[set[str], list[tuple[str, tuple[int, ...], bool]], bool, Any]:
+        runner = Session(made, backend, random_weights).runners[2]
+        with torch.no_grad():
+            _, saved = runner.forward(x, DeviceTokens(tokens(BATCH, SEQ_LEN), backend.device))
+            runner.backward_input(saved, dy)
+            found = [(name, tuple(left.shape), right is None) for name, left, right in saved["products"]]
+            keys, same = set(saved), saved["products"][0][1] is dy
+            runner.backward_weight(saved)
+        return keys, found, same, saved
+
+    assert simulate(main, 1)[0] == (
+        {"x", "statistics", "products"},
+        [
+            ("down_proj.weight", (16, 24), False),
+            ("gate_proj.weight", (16, 16), True),
+            ("up_proj.weight", (16, 16), True),
+        ],
+        True,
+        {},
+    )
+
+
+def test_weight_gradients_touch_weights_alone() -> None:
+    """I adds every norm's and bias's gradient and no other; W those of the matrices and tables."""
+    made = planned("gpt2")
+    before, after = (walk(made, order, finish=False)[0].gradients for order in ("F0 I0", "F0 I0 W0"))
+    small = {name for name, gradient in after.items() if gradient.dim() == 1}
+    assert small < set(after)
+    for name, gradient in before.items():
+        expected = after[name] if name in small else torch.zeros_like(gradient)
+        assert torch.equal(gradient, expected), name

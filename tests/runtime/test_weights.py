@@ -58,6 +58,22 @@ def test_what_many_ranks_save_other_ranks_read(family: str, tied: bool, tmp_path
         assert all(found[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_ranks_of_several_stages_save_what_one_rank_reads(schedule: str, tied: bool, tmp_path: Path) -> None:
+    """Each of two pipeline ranks writes one file with all its stages; a table of both ends stands in one."""
+    model = tiny_model("gpt2", layers=4, tied=tied)
+    made = tiny_plan(model, pp=2, tp=2, schedule=schedule)
+    save(made, tmp_path / "saved")
+    names = [f"model-0000{rank}-of-00002.safetensors" for rank in (1, 2)]
+    assert files(tmp_path / "saved") == ["config.json", *names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {p.name: names[p.rank] for p in made.layout if p.tied_to is None}
+    for other in (tiny_plan(model), made, tiny_plan(model, pp=4)):
+        found = whole(other, saved_weights(tmp_path / "saved"))
+        assert all(found[p.name].equal(random_weights(p)) for p in tiny_plan(model).layout)
+
+
 def test_one_stage_is_one_file(tmp_path: Path) -> None:
     """Weights and configuration, every parameter under its own name, whole and in the plan's precision."""
     made = tiny_plan(tiny_model("llama"), dp=2, tp=2)

@@ -1,0 +1,53 @@
+"""A full backward cut in two: input gradients (I), which others wait for, and weight gradients (W).
+
+Source: Qi et al. 2023, Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 2. Between the two stays
+what W reads and I or forward made: the inputs of the linear layers and the gradients of their outputs. The
+normed input is not among them, as W computes it again.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from picotron.planner.body import Body, Operation, SegmentBody, Tensor
+
+
+def split_backward(body: Body) -> tuple[Body, Body]:
+    """I and W of the full backward ``body``; together they do exactly what it does.
+
+    What W reads or makes it also frees, each tensor after its last use.
+    """
+    halves = [_split_segment(segment) for segment in body.segments]
+    return (
+        Body(stage=body.stage, phase="I", segments=tuple(inputs for inputs, _ in halves)),
+        Body(stage=body.stage, phase="W", segments=tuple(weights for _, weights in halves)),
+    )
+
+
+def _split_segment(segment: SegmentBody) -> tuple[SegmentBody, SegmentBody]:
+    weights = [operation for operation in segment.operations if operation.for_weights]
+    last_use: dict[Tensor, int] = {}
+    for index, operation in enumerate(weights):
+        last_use |= dict.fromkeys((*operation.creates, *operation.reads), index)
+    dying: list[list[Tensor]] = [[] for _ in weights]
+    for tensor, index in last_use.items():
+        dying[index].append(tensor)
+    inputs = [
+        _freeing(operation, tuple(tensor for tensor in operation.frees if tensor not in last_use))
+        for operation in segment.operations
+        if not operation.for_weights
+    ]
+    return (
+        SegmentBody(name=segment.name, operations=tuple(filter(_does_something, inputs))),
+        SegmentBody(name=segment.name, operations=tuple(map(_freeing, weights, map(tuple, dying)))),
+    )
+
+
+def _freeing(operation: Operation, frees: tuple[Tensor, ...]) -> Operation:
+    return operation if frees == operation.frees else attrs.evolve(operation, frees=frees)
+
+
+def _does_something(operation: Operation) -> bool:
+    """A step that launches, says and frees nothing is left out."""
+    sizes = operation.flops, operation.moved_bytes, operation.kernels, operation.payload_bytes
+    return any(sizes) or bool(operation.creates or operation.frees)

@@ -1,0 +1,42 @@
+"""The benchmark of schedules runs and prices both sides by one clock; speed is not tested."""
+
+from __future__ import annotations
+
+import json
+
+from tests.test_benchmarks import run_script
+
+COST_KEYS = {
+    "work",
+    "name",
+    "num_ranks",
+    "num_microbatches",
+    "virtual_stages",
+    "num_actions",
+    "ours_seconds",
+    "ours_bytes",
+    "peer_seconds",
+    "peer_bytes",
+    "times_faster",
+    "interval",
+}
+
+
+def test_a_quick_run_sets_both_sides_side_by_side(tmp_path_factory) -> None:
+    """Bubbles of ours are never above PyTorch's; each work has a turn of both sides in each round."""
+    path = tmp_path_factory.mktemp("benchmark") / "report.json"
+    done = run_script(
+        "--size", "quick", "--rounds", "2", "--only", "zb-v", "--json", str(path), script="schedules.py"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "times faster" in done.stdout
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["name"] for row in report["bubbles"]} == {"zb-v"}
+    for row in report["bubbles"]:
+        assert row["ours"] <= row["peer"]
+    made = [row for row in report["costs"] if row["work"] == "make and check"]
+    assert [row["name"] for row in made] == ["zb-v"]
+    for row in report["costs"]:
+        assert row.keys() == COST_KEYS
+        assert len(row["ours_seconds"]) == 2
+    assert all(len(row["peer_seconds"]) == 2 and row["times_faster"] > 0 for row in made)
