@@ -17,8 +17,9 @@ from attrs import evolve, field, frozen
 from hypothesis import strategies as st
 
 from picotron.planner.data import Bucket
+from picotron.planner.lower import lower
 from picotron.planner.pipeline import Schedule
-from picotron.planner.program import RECEIVES, SENDS, Kind, Row, lower, rows
+from picotron.planner.program import RECEIVES, SENDS, Kind, Row, rows
 from picotron.runtime.backend import Backend, Group, Handle, Transfer
 from picotron.runtime.messages import Semantics
 from picotron.runtime.pipeline import channel_name

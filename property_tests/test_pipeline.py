@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 
 from picotron.errors import PlanError
 from picotron.planner.actions import Action, Phase, parse_action
-from picotron.planner.pipeline import Schedule, peak_microbatches, schedule_from_csv, schedule_to_csv
+from picotron.planner.pipeline import (
+    Schedule,
+    loop_ranks,
+    peak_microbatches,
+    schedule_from_csv,
+    schedule_to_csv,
+    v_ranks,
+)
 from picotron.planner.schedules import afab, one_f_one_b
-from picotron.planner.split import stage_split
+from picotron.planner.split import rank_split, stage_split
 from property_tests.strategies import interleavings, schedules
 
 ranks = st.integers(1, 8)
@@ -125,3 +132,31 @@ def test_stage_split_loses_no_layer(costs: list[float], data: st.DataObject) -> 
     assert len(split) == num_stages
     assert min(split) >= 1
     assert sum(split) == len(costs)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=8, max_size=14),
+    st.integers(1, 4),
+    st.booleans(),
+    st.integers(0, 6),
+    st.integers(0, 6),
+)
+def test_a_split_by_ranks_is_no_worse_than_one_by_stages(
+    costs: list[int], num_ranks: int, vee: bool, first: int, last: int
+) -> None:
+    """The dearest rank costs at most what it does in the best split of stages; no layer is lost."""
+    stage_ranks = v_ranks(num_ranks) if vee else loop_ranks(num_ranks, 2)
+
+    def dearest(sizes: tuple[int, ...]) -> int:
+        stops = list(accumulate(sizes))
+        stages = [sum(costs[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
+        stages[0] += first
+        stages[-1] += last
+        return max(
+            sum(cost for cost, owner in zip(stages, stage_ranks, strict=True) if owner == rank)
+            for rank in range(num_ranks)
+        )
+
+    sizes = rank_split(costs, stage_ranks, first=first, last=last)
+    assert sum(sizes) == len(costs) and min(sizes) >= 1
+    assert dearest(sizes) <= dearest(stage_split(costs, len(stage_ranks), first=first, last=last))

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from picotron.errors import PlanError
+from picotron.planner.actions import Orders
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.records import read_text, write_text
 from picotron.planner.serialize import load_plan, plan_from_json
+from picotron.planner.torch_csv import orders_from_program_csv
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -94,3 +96,12 @@ def integers(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """The names of ``pp,dp,cp,tp``."""
     return tuple(item.strip() for item in text.split(","))
+
+
+def read_orders(source: str) -> Orders:
+    """The orders in a file or on the standard input, in either of torch's formats; maybe no schedule."""
+    text = read_source(source, "a schedule")
+    try:
+        return orders_from_program_csv(text)
+    except PlanError as error:
+        raise PlanError(f"{'standard input' if source == STANDARD else source}: {error}") from error

@@ -14,14 +14,14 @@ from picotron.cli.common import (
     command,
     integers,
     names,
-    read_source,
+    read_orders,
     write_out,
     write_result,
 )
 from picotron.planner.catalogue import SCHEDULES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
-from picotron.planner.pipeline import Schedule, schedule_from_csv
+from picotron.planner.pipeline import Schedule, schedule_of
 from picotron.planner.plan import plan
 from picotron.planner.serialize import plan_to_json
 from picotron.planner.workload import Workload
@@ -130,7 +130,7 @@ def _execute(arguments: argparse.Namespace) -> None:
 def read_schedule(source: str) -> str | Schedule:
     """The name of a schedule as it is, or the schedule in a CSV file, bearing the file's name."""
     if source == STANDARD:
-        return schedule_from_csv(read_source(source, "a schedule"))
-    if not source.endswith(".csv"):
+        return schedule_of(read_orders(source))
+    if not source.lower().endswith(".csv"):
         return source
-    return schedule_from_csv(read_source(source, "a schedule"), name=Path(source).stem)
+    return schedule_of(read_orders(source), name=Path(source).stem)

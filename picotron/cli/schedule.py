@@ -12,11 +12,12 @@ from picotron.cli.common import (
     STANDARD,
     Subparsers,
     command,
+    read_orders,
     write_json,
     write_out,
     write_result,
 )
-from picotron.cli.schedule_inputs import asked_schedule, parse_costs, read_orders, stage_costs
+from picotron.cli.schedule_inputs import asked_schedule, parse_costs, stage_costs
 from picotron.cli.schedule_optimise import add_limits, best_schedule, found_data, found_line
 from picotron.errors import PlanError
 from picotron.planner.actions import cells
@@ -98,9 +99,33 @@ def add_parser(subparsers: Subparsers) -> None:
         "--colour", choices=("auto", "always", "never"), default="auto", help="of the text (default auto)"
     )
     parser.add_argument("--width", type=int, default=100, metavar="N", help="columns of the text (100)")
+    options = [action.dest for action in parser._actions]
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in options})
+
+
+_SIZES = {"ranks", "microbatches", "virtual_stages"}
+_PICTURE = {"costs", "svg", "colour", "width"}
+_FILES = {"csv", "program_csv", "trace", "explain"}
+_LIMITS = {"memory_limit", "activation_bytes", "weight_bytes", "placement", "objective"}
+_TAKEN = {
+    "compare": _SIZES | _PICTURE | {"source"},
+    "check": _SIZES | {"semantics", "source"},
+    "optimise": _SIZES | _PICTURE | _FILES | _LIMITS,
+}
+_TAKEN_BY_ONE = _SIZES | _PICTURE | _FILES | {"source"}
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raise PlanError for an option that would be ignored."""
+    taken = _TAKEN.get(arguments.schedule, _TAKEN_BY_ONE)
+    for name in sorted((_SIZES | _PICTURE | _FILES | _LIMITS | {"semantics", "source"}) - taken):
+        if getattr(arguments, name) != arguments.defaults[name]:
+            flag = "from" if name == "source" else name.replace("_", "-")
+            raise PlanError(f"{arguments.schedule} takes no --{flag}; leave it out")
 
 
 def _execute(arguments: argparse.Namespace) -> None:
+    _check_options(arguments)
     if arguments.schedule == "compare":
         _compare(arguments)
     elif arguments.schedule == "check":
@@ -149,8 +174,6 @@ def _saved(arguments: argparse.Namespace, schedule: Schedule, costs: PipelineCos
 def _compare(arguments: argparse.Namespace) -> None:
     if not arguments.more:
         raise PlanError("compare needs schedules, as in: picotron schedule compare 1f1b zb-h1 --ranks 4 ...")
-    if arguments.csv is not None or arguments.trace is not None:
-        raise PlanError("compare saves no --csv and no --trace; ask for one schedule")
     schedules = [asked_schedule(name, arguments) for name in arguments.more]
     given = {name: values[0] for name, values in arguments.costs.items() if len(values) == 1}
     if len(given) < len(arguments.costs):
@@ -222,7 +245,7 @@ def schedule_data(schedule: Schedule, costs: PipelineCosts | None = None) -> dic
         "stage_ranks": list(schedule.stage_ranks),
         "bidirectional": schedule.bidirectional,
         "orders": [cells(schedule.orders, rank) for rank in range(schedule.num_ranks)],
-        "peak_microbatches": [peak_microbatches(schedule, rank) for rank in range(schedule.num_ranks)],
+        "peak_stage_activations": [peak_microbatches(schedule, rank) for rank in range(schedule.num_ranks)],
         "peak_activations": list(figures.peak_activations),
         "makespan": figures.makespan,
         "bubble_fraction": figures.bubble_fraction,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from picotron.cli.common import STANDARD, read_source
+from picotron.cli.common import read_orders
 from picotron.cli.plan import read_schedule
 from picotron.errors import PlanError
-from picotron.planner.actions import Orders
 from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.pipeline import Schedule, schedule_of
 from picotron.planner.schedule_times import PipelineCosts
-from picotron.planner.torch_csv import orders_from_program_csv
 
 COST_NAMES = ("f", "i", "w", "transfer")
 
@@ -45,15 +43,6 @@ def stage_costs(given: dict[str, tuple[float, ...]], num_stages: int) -> Pipelin
         weight_seconds=columns["w"],
         transfer_seconds=given.get("transfer", (0.0,))[0],
     )
-
-
-def read_orders(source: str) -> Orders:
-    """The orders in a file or on the standard input, in either of torch's formats; maybe no schedule."""
-    text = read_source(source, "a schedule")
-    try:
-        return orders_from_program_csv(text)
-    except PlanError as error:
-        raise PlanError(f"{'standard input' if source == STANDARD else source}: {error}") from error
 
 
 def asked_schedule(name: str, arguments: argparse.Namespace) -> Schedule:

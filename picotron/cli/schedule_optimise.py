@@ -38,9 +38,16 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 def best_schedule(arguments: argparse.Namespace) -> OptimisedSchedule:
     """The fastest schedule found for what was asked."""
-    if arguments.more or None in (arguments.ranks, arguments.microbatches):
+    if arguments.more:
+        raise PlanError(f"optimise takes no schedule, got {' '.join(arguments.more)}; it makes one")
+    if None in (arguments.ranks, arguments.microbatches):
         raise PlanError("optimise needs --ranks and --microbatches, as in --ranks 4 --microbatches 8")
-    stages = arguments.ranks * (arguments.virtual_stages or 1)
+    virtual_stages = arguments.virtual_stages or (2 if arguments.placement == "v" else 1)
+    if {"one": 1, "v": 2}.get(arguments.placement, virtual_stages) != virtual_stages:
+        raise PlanError(
+            f"--placement {arguments.placement} has no --virtual-stages {virtual_stages}; leave one out"
+        )
+    stages = arguments.ranks * virtual_stages
     activation, weight = arguments.activation_bytes, arguments.weight_bytes
     told = sys.stderr.isatty()
     best = optimise(

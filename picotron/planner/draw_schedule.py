@@ -42,6 +42,8 @@ from picotron.planner.svg import LANE, LETTER, PADDING, Chart, legend_parts, ope
 from picotron.planner.svg import WIDTH as PAGE_WIDTH
 from picotron.planner.validity import rank_column
 
+_MOST_COLUMNS = 1_000_000  # of a chart, shown or not
+_MOST_ROWS = 128  # ranks of a chart
 _ACTIVITY = dict(zip(PHASES, ("forward", "backward", "input gradient", "weight gradient"), strict=True))
 
 
@@ -267,9 +269,10 @@ class _Grid:
     """The columns of one or several charts under one scale, and which of them are shown."""
 
     def __init__(self, units: float, unit_columns: float, width: int, margin: int) -> None:
-        self.units, self.unit_columns, self.margin = units, unit_columns, margin
-        self.columns = max(1, math.ceil(self.units * unit_columns - 1e-9))
-        step = max(1, round(unit_columns))
+        self.units, self.margin = units, margin
+        self.unit_columns = min(unit_columns, _MOST_COLUMNS / units)
+        self.columns = max(1, math.ceil(self.units * self.unit_columns - 1e-9))
+        step = max(1, round(self.unit_columns))
         self.windows = windows_of(self.columns, room=width - margin, unit_columns=step)
 
     @property
@@ -282,12 +285,16 @@ class _Grid:
         return f", shown: {texts}" if len(self.windows) > 1 else ""
 
     def rows(self, schedule: Schedule, bars: Sequence[Bar], *, colour: bool) -> list[str]:
-        own = by_rank(bars, range(schedule.num_ranks))
+        """A line for each of the first ranks."""
+        shown = range(min(schedule.num_ranks, _MOST_ROWS))
+        own = by_rank((bar for bar in bars if bar.rank < _MOST_ROWS), shown)
         found = strips(own, span_seconds=self.columns / self.unit_columns, columns=self.columns)
-        return [
+        lines = [
             f"rank {rank}".ljust(self.margin) + shown_strip(strip, self.windows, colour=colour)
             for rank, strip in enumerate(found)
         ]
+        more = schedule.num_ranks - len(lines)
+        return [*lines, f"... and {more:,} ranks more"] if more else lines
 
     def axis(self) -> str:
         ticks = [

@@ -160,7 +160,7 @@ def orders_from_csv(text: str) -> Orders:
         raise PlanError(f"orders must be a text of lines of cells, got {shown(text)}")
     ranks: list[Columns] = []
     try:
-        for line in csv.reader(io.StringIO(text)):
+        for line in csv.reader(io.StringIO(text.removeprefix("\ufeff"))):
             ranks.append(parse_cells([cell for cell in line if cell.strip()]))
     except (PlanError, csv.Error) as error:
         raise PlanError(f"line {len(ranks) + 1}: {error}") from None

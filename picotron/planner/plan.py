@@ -24,7 +24,7 @@ from picotron.planner.lower import lower
 from picotron.planner.model import ModelSpec, Segment, segments
 from picotron.planner.pipeline import Schedule, loop_ranks, schedule_from_csv, v_ranks
 from picotron.planner.program import Program
-from picotron.planner.split import stage_split
+from picotron.planner.split import rank_split
 from picotron.planner.stage import stage_bodies
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
@@ -292,11 +292,9 @@ def plan(
             chosen.append(f"sequence_parallel={sequence_parallel}: on when tp > 1 and tp divides the tokens")
     if stage_layers is None:
         _check_stages(model, pp, virtual_stages)
-        stage_layers = _balanced_layers(model, work, num_stages, micro_batch)
+        stage_layers = _balanced_layers(model, work, made.stage_ranks, micro_batch)
         if num_stages > 1:
-            chosen.append(
-                f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs in the dearest stage"
-            )
+            chosen.append(f"stage_layers={','.join(map(str, stage_layers))}: least FLOPs on the dearest rank")
     custom = isinstance(schedule, Schedule)
     return TrainingPlan(
         model=model,
@@ -432,8 +430,10 @@ def _degree_remedy(num_devices: int, topology: Topology) -> str:
     return f"pp * cp * tp = {rest} does not divide {num_devices}"
 
 
-def _balanced_layers(model: ModelSpec, work: Workload, num_stages: int, micro_batch: int) -> tuple[int, ...]:
-    """The split of layers that makes the stage with the most forward FLOPs as cheap as can be."""
+def _balanced_layers(
+    model: ModelSpec, work: Workload, stage_ranks: tuple[int, ...], micro_batch: int
+) -> tuple[int, ...]:
+    """The split of layers that makes the rank with the most forward FLOPs as cheap as can be."""
 
     def flops(segment: Segment) -> int:
         found = matmuls(model, segment, batch=micro_batch, seq_len=work.seq_len, tp=1, attention="causal")
@@ -446,4 +446,4 @@ def _balanced_layers(model: ModelSpec, work: Workload, num_stages: int, micro_ba
             ends[segment.kind] += flops(segment)
         else:
             costs[segment.layer] += flops(segment)
-    return stage_split(costs, num_stages, first=ends["embedding"], last=ends["head"])
+    return rank_split(costs, stage_ranks, first=ends["embedding"], last=ends["head"])

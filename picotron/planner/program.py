@@ -334,11 +334,3 @@ def execution_order(own: Sequence[Row]) -> tuple[int, ...]:
         if row.anchor_row < 0
         for index in (*inside.get(anchor, ()), anchor)
     )
-
-
-def __getattr__(name: str) -> Any:  # until every import of it has moved
-    if name in ("lower", "check_no_deadlock", "check_channels"):
-        from picotron.planner import deadlock, lower
-
-        return getattr(lower, name, None) or getattr(deadlock, name)
-    raise AttributeError(name)

@@ -8,6 +8,7 @@ idle seconds under the whole makespan, and the zero-bubble papers' own, under ea
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ from picotron.planner.actions import PHASES, B, F, I, W
 from picotron.planner.pipeline import Schedule
 from picotron.planner.validators import shown
 from picotron.planner.validity import rank_column, sources
+
+LEAST_COST, MOST_COST = 1e-30, 1e30  # so that sums and ratios of them are numbers
 
 
 def _number(value: float) -> float:
@@ -59,8 +62,10 @@ class PipelineCosts:
                 f"F, I and W must have a cost for each stage, got {list(map(len, columns))} of them"
             )
         every = (*columns[0], *columns[1], *columns[2], self.transfer_seconds)
-        if not all(np.isfinite(value) and value >= 0 for value in every):
-            raise PlanError(f"costs must be finite and not negative, got {every}")
+        if not all(value == 0 or LEAST_COST <= value <= MOST_COST for value in every):
+            raise PlanError(
+                f"costs must be 0, or between {LEAST_COST:g} and {MOST_COST:g}, got {shown(every)}"
+            )
         if not all(value > 0 for value in self.forward_seconds):
             raise PlanError(f"an F must take time, got {self.forward_seconds}")
         if not 0.5 <= self.overlap_factor <= 1.0:
@@ -133,63 +138,58 @@ def schedule_times(schedule: Schedule, costs: PipelineCosts) -> Spans:
     need, rank = needed(schedule), rank_column(orders)
     seconds = action_seconds(schedule, costs)
     late = np.where((need >= 0) & (rank[need] != rank), costs.transfer_seconds, 0.0)
-    first_halves = np.flatnonzero(orders.joined)
-    seconds[first_halves] = (seconds[first_halves] + seconds[first_halves + 1]) * costs.overlap_factor
-    start, end, at = _played(
-        orders.offsets, need.tolist(), seconds.tolist(), late.tolist(), set(first_halves.tolist())
-    )
+    first = np.flatnonzero(orders.joined)  # of a pair: it takes no time here, the second that of both
+    seconds[first + 1] = (seconds[first] + seconds[first + 1]) * costs.overlap_factor
+    seconds[first] = 0.0
+    ends_with = np.arange(orders.num_actions, dtype=np.int32)
+    ends_with[first] += 1
+    end, at = _played(orders.offsets, np.where(need >= 0, ends_with[need], -1), late, seconds)
     stuck = [(own, index) for own, index in enumerate(at) if index < orders.offsets[own + 1]]
     if stuck:
         where = "; ".join(f"rank {own} at {orders.action(index)}" for own, index in stuck)
         raise PlanError(f"the ranks of this schedule wait for each other: {where}")
-    return Spans(start=np.array(start), end=np.array(end))
+    before = np.concatenate([[0.0], end[:-1]])
+    before[list(orders.offsets[:-1])] = 0.0
+    start = np.where(need >= 0, np.maximum(before, end[ends_with[need]] + late), before)
+    start[first] = start[first + 1]
+    end[first] = end[first + 1]
+    return Spans(start=start, end=end)
 
 
 def _played(
-    offsets: tuple[int, ...], need: list[int], seconds: list[float], late: list[float], pairs: set[int]
-) -> tuple[list[float], list[float], list[int]]:
-    """Start and end of each action, and how far each rank comes.
+    offsets: tuple[int, ...], need_column: np.ndarray, late_column: np.ndarray, seconds_column: np.ndarray
+) -> tuple[np.ndarray, list[int]]:
+    """The end of each action, and how far each rank comes.
 
     A rank runs on until what it needs is not there; whoever brings that wakes it.
     """
-    num_ranks = len(offsets) - 1
-    start, end = [0.0] * offsets[-1], [-1.0] * offsets[-1]
-    at, clock = list(offsets[:-1]), [0.0] * num_ranks
-    waiting: dict[int, int] = {}
-    ready = list(range(num_ranks))[::-1]
+    need = array("i", need_column.astype(np.int32).tobytes())
+    late, seconds = array("d", late_column.tobytes()), array("d", seconds_column.tobytes())
+    end = array("d", [-1.0]) * offsets[-1] + array("d", [0.0])  # the last is what needs nothing needs (-1)
+    at, clock = list(offsets[:-1]), [0.0] * (len(offsets) - 1)
+    waiting: dict[int, list[int]] = {}  # both halves of a pair may be waited for
+    ready = list(range(len(at)))[::-1]
     while ready:
         rank = ready.pop()
-        index, stop, now = at[rank], offsets[rank + 1], clock[rank]
-        while index < stop:
+        now, stop = clock[rank], offsets[rank + 1]
+        for index in range(at[rank], stop):
             source = need[index]
-            if source >= 0:
-                arrived = end[source]
-                if arrived < 0.0:
-                    waiting[source] = rank
-                    break
-                arrived += late[index]
-                if arrived > now:
-                    now = arrived
-            if index in pairs:
-                source = need[index + 1]
-                if source >= 0:
-                    arrived = end[source]
-                    if arrived < 0.0:
-                        waiting[source] = rank
-                        break
-                    now = max(now, arrived + late[index + 1])
-                start[index + 1] = now
-                end[index + 1] = now + seconds[index]
-                if index + 1 in waiting:
-                    ready.append(waiting.pop(index + 1))
-            start[index] = now
+            arrived = end[source]
+            if arrived < 0.0:
+                waiting.setdefault(source, []).append(rank)
+                at[rank] = index
+                break
+            arrived += late[index]
+            if arrived > now:
+                now = arrived
             now += seconds[index]
             end[index] = now
             if index in waiting:
-                ready.append(waiting.pop(index))
-            index += 2 if index in pairs else 1
-        at[rank], clock[rank] = index, now
-    return start, end, at
+                ready += waiting.pop(index)
+        else:
+            at[rank] = stop
+        clock[rank] = now
+    return np.array(end[:-1]), at
 
 
 def rank_work_seconds(schedule: Schedule, costs: PipelineCosts) -> tuple[float, ...]:

@@ -269,8 +269,10 @@ class Session:
             return self._count(walk, row)
         elif row.kind is Kind.NORM:
             return self._norm(walk, row)
-        else:
+        elif row.kind is Kind.UPDATE:
             self._update()
+        else:
+            raise ExecutionError(f"{row.kind.name} is planned and priced, and cannot be run yet")
         return None
 
     def _forward(self, walk: _Walk, index: int, row: Row) -> None:

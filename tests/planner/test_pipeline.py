@@ -12,7 +12,7 @@ from picotron.planner.actions import Action, Phase, parse_action
 from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.pipeline import Schedule, peak_microbatches, schedule_from_csv, schedule_to_csv
 from picotron.planner.schedules import afab, one_f_one_b
-from picotron.planner.split import stage_split
+from picotron.planner.split import rank_split, stage_split
 
 ONE_RANK_A_STAGE = [name for name in sorted(SCHEDULES) if not SCHEDULES[name].bidirectional]
 COMPLETE = "must run an F and a B, or an F, an I and a W, of each microbatch on each of its stages"
@@ -247,3 +247,11 @@ def test_every_stage_needs_a_layer(num_stages: int) -> None:
     """More stages than layers, or none, are refused."""
     with pytest.raises(PlanError, match=rf"stages must be in \[1, 3\], .* got {num_stages}; lower pp"):
         stage_split([1.0] * 3, num_stages)
+
+
+def test_ranks_of_several_stages_are_balanced_together() -> None:
+    """A V of two ranks and six layers: three each, though the stages' own split gives rank 0 but two."""
+    assert stage_split([1.0] * 6, 4, last=0.5) == (1, 2, 2, 1)
+    sizes = rank_split([1.0] * 6, (0, 1, 1, 0), last=0.5)
+    assert sizes[0] + sizes[3] == sizes[1] + sizes[2] == 3
+    assert rank_split([1.0] * 8, (0, 1, 2, 3), last=1.5) == stage_split([1.0] * 8, 4, last=1.5)

@@ -74,7 +74,7 @@ def test_what_is_left_out_is_chosen_by_a_stated_rule() -> None:
     assert made.chosen == (
         "dp=2: the devices that pp * cp * tp leave",
         "sequence_parallel=True: on when tp > 1 and tp divides the tokens",
-        "stage_layers=2,2: least FLOPs in the dearest stage",
+        "stage_layers=2,2: least FLOPs on the dearest rank",
     )
     assert made.num_microbatches == 4
 

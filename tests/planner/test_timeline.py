@@ -11,8 +11,9 @@ from picotron.errors import PlanError
 from picotron.planner.catalogue import make_schedule
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.data import Bucket
+from picotron.planner.lower import lower
 from picotron.planner.pipeline import Schedule, schedule_from_csv
-from picotron.planner.program import Kind, Program, Row, lower, rows
+from picotron.planner.program import Kind, Program, Row, rows
 from picotron.planner.schedules import afab, one_f_one_b
 from picotron.planner.simulate import Durations, simulate_program
 from picotron.planner.timeline import STREAMS, Timeline, bubble_seconds, chrome_trace, make_timeline
