@@ -169,3 +169,38 @@ def test_the_makespan_is_explained(run: Run) -> None:
     text = run("schedule", "1f1b", *SIZE, "--explain")[1]
     assert "idle, waiting for  warm-up" in text
     assert "critical path: 0F0" in text
+
+
+def test_names_may_stand_after_options(run: Run) -> None:
+    """And the stages a rank are those of the schedules that leave a choice."""
+    asked = ["compare", *SIZE, "--virtual-stages", 3, "1f1b", "--json", "interleaved"]
+    data = json.loads(run("schedule", *asked)[1])
+    assert [(each["name"], each["num_stages"]) for each in data] == [("1f1b", 4), ("interleaved", 12)]
+    assert "unrecognized arguments: x --frob" in refused(run("schedule", "1f1b", *SIZE, "x", "--frob"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "1f1b", *SIZE, "--svg", "x.svg"], "check takes no --svg; leave it out"),
+        (["1f1b", *SIZE, "--memory-limit", 3], "1f1b takes no --memory-limit"),
+        (["optimise", *SIZE, "--semantics", "rendezvous"], "optimise takes no --semantics"),
+        (["compare", "1f1b", "zb-h1", *SIZE, "--explain"], "compare takes no --explain"),
+        (
+            ["optimise", *SIZE, "--placement", "v", "--virtual-stages", 3],
+            "--placement v has no --virtual-stages 3",
+        ),
+        (["optimise", "1f1b", *SIZE], "optimise takes no schedule, got 1f1b"),
+        (["zb-h1", *SIZE, "--costs", "f=1e308"], "costs must be 0, or between 1e-30 and 1e+30"),
+    ],
+)
+def test_nothing_is_ignored(run: Run, arguments: list[object], words: str) -> None:
+    """An option that would change nothing is refused by name."""
+    assert words in refused(run("schedule", *arguments))
+
+
+def test_extreme_costs_and_many_ranks_are_drawn(run: Run) -> None:
+    """A chart has at most a million columns and 128 ranks, and says so."""
+    text = run("schedule", "1f1b", "--ranks", 2, "--microbatches", 2, "--costs", "f=1e15,i=1e-9,w=1e-9")[1]
+    assert text.startswith("1f1b: 2 ranks")
+    assert "... and 172 ranks more" in run("schedule", "1f1b", "--ranks", 300, "--microbatches", 2)[1]

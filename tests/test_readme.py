@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import picotron as pt
+from picotron.planner.catalogue import make_schedule
+from picotron.planner.draw_schedule import comparison_svg
 from picotron.planner.draw_svg import schedule_svg
 
 ROOT = Path(__file__).parent.parent
@@ -22,3 +24,9 @@ def test_the_readmes_picture_is_made_by_picotron():
         micro_batch=4,
     )
     assert (ROOT / "docs/images/plan.svg").read_text(encoding="utf-8") == schedule_svg(plan)
+
+
+def test_the_picture_of_schedules_is_made_by_picotron():
+    """docs/images/schedules.svg is what ``picotron schedule compare`` draws of the three that it names."""
+    drawn = comparison_svg([make_schedule(name, 4, 8) for name in ("1f1b", "zb-h1", "zb-v")])
+    assert (ROOT / "docs/images/schedules.svg").read_text(encoding="utf-8") == drawn

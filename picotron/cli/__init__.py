@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments = _parsed(argv)
         arguments.execute(arguments)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse, after --help or --version
@@ -63,6 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     return 0
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; where a command takes several names, some may stand after its options."""
+    parser = make_parser()
+    arguments, left = parser.parse_known_args(argv)
+    flags = [word for word in left if word.startswith("-") and word != "-"]
+    if left and (flags or not hasattr(arguments, "more")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.more += left
+    return arguments
 
 
 def _complain(error: object, code: int) -> int:

@@ -58,7 +58,10 @@ def asked_schedule(name: str, arguments: argparse.Namespace) -> Schedule:
         return _of_size(found, arguments)
     if found in SCHEDULES and None in (arguments.ranks, arguments.microbatches):
         raise PlanError(f"{found} needs --ranks and --microbatches, as in --ranks 4 --microbatches 8")
-    return make_schedule(found, arguments.ranks, arguments.microbatches, arguments.virtual_stages)
+    stages = arguments.virtual_stages
+    if arguments.schedule == "compare" and found in SCHEDULES and SCHEDULES[found].virtual_stages != "any":
+        stages = None  # the others may take it
+    return make_schedule(found, arguments.ranks, arguments.microbatches, stages)
 
 
 def _of_size(schedule: Schedule, arguments: argparse.Namespace) -> Schedule:
