@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picotron.planner.faults import Fault, Pause, Slow
@@ -43,6 +43,7 @@ def spans(timeline: Timeline, rank: int) -> dict[int, tuple[float, float]]:
     return {row: (start, end) for row, start, end in zip(*columns, strict=True)}
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))  # each trains
 @given(trainings(), st.data())
 def test_simulated_ranks_take_the_predicted_time(training: Training, data: st.DataObject) -> None:
     """Every row of every rank starts and ends when ``simulate_step`` says, whatever is slow."""

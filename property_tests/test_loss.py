@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picotron.runtime.data import step_batches
@@ -20,6 +20,7 @@ from tests.runtime.models import (
 )
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))  # each trains
 @given(trainings(least_batch=4))
 def test_unequal_padding_weighs_no_token_more(training):
     """Samples of unequal length give the single rank's loss and count of tokens on every rank."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from property_tests.strategies_runtime import trainings
 from tests.runtime.models import memory_shares, random_samples, train
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))  # each trains
 @given(trainings(optimizers=("adamw", "sgd")))
 def test_live_bytes_are_the_plans_and_the_peak_nearly(training):
     """In the second step, when all state stands: equal at every entry; the peak is 98 to 100 % of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from property_tests.strategies_runtime import trainings
 from tests.runtime.models import (
@@ -16,6 +16,7 @@ from tests.runtime.models import (
 )
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))  # each trains
 @given(trainings())
 def test_many_ranks_train_as_one(training):
     """Loss, norm and every gradient of two steps are the single rank's, by the planned rows and bytes."""

@@ -26,7 +26,7 @@ def test_a_quick_run_sets_both_sides_side_by_side(tmp_path_factory) -> None:
     """Bubbles of ours are never above PyTorch's; each work has a turn of both sides in each round."""
     path = tmp_path_factory.mktemp("benchmark") / "report.json"
     done = run_script(
-        "--size", "quick", "--rounds", "2", "--only", "zb-v", "--json", str(path), script="schedules.py"
+        "--size", "quick", "--rounds", "1", "--only", "zb-v", "--json", str(path), script="schedules.py"
     )
     assert done.returncode == 0, done.stderr
     assert "times faster" in done.stdout
@@ -38,5 +38,5 @@ def test_a_quick_run_sets_both_sides_side_by_side(tmp_path_factory) -> None:
     assert [row["name"] for row in made] == ["zb-v"]
     for row in report["costs"]:
         assert row.keys() == COST_KEYS
-        assert len(row["ours_seconds"]) == 2
-    assert all(len(row["peer_seconds"]) == 2 and row["times_faster"] > 0 for row in made)
+        assert len(row["ours_seconds"]) == 1
+    assert all(len(row["peer_seconds"]) == 1 and row["times_faster"] > 0 for row in made)
