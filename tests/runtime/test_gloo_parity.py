@@ -161,7 +161,7 @@ def run_table() -> dict[str, tuple[RankReport, str]]:
         plan = made(name)
         if processes.rank < plan.topology.world_size:
             ranks = range(plan.topology.world_size)
-            with DistributedBackend(processes, device="cpu", timeout_seconds=60.0, ranks=ranks) as backend:
+            with DistributedBackend(processes, device="cpu", timeout_seconds=300.0, ranks=ranks) as backend:
                 measure_from = 1 if name in MEASURED else None
                 report, weights = trained(backend, plan, measure_from=measure_from)
                 found[name] = report, digest(weights)
@@ -178,7 +178,7 @@ def simulated(name: str) -> list[tuple[RankReport, dict[str, torch.Tensor]]]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[tuple[RankReport, str]]]:
     """For each case, what every process has of it."""
-    launched = launch(run_table, WORLD_SIZE, timeout_seconds=300.0)
+    launched = launch(run_table, WORLD_SIZE, timeout_seconds=600.0)
     return {name: [reports[name] for reports in launched if name in reports] for name in CASES}
 
 
