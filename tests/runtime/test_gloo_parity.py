@@ -48,7 +48,7 @@ from tests.runtime.models import (
 Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # model, workload, parallelism
 
 WORLD_SIZE = 8
-STEPS = 5
+STEPS = 4
 FP32 = {"precision": "fp32", "max_grad_norm": 1.0}
 CASES: dict[str, Case] = {
     "one rank": ({"family": "llama"}, FP32, {}),
@@ -78,11 +78,6 @@ CASES: dict[str, Case] = {
     ),
     "pp8": ({"family": "llama", "layers": 8, "tied": True}, FP32, {"pp": 8}),
     "pp4 zb-v": ({"family": "llama", "layers": 8, "tied": True}, {}, {"pp": 4, "schedule": "zb-v"}),
-    "pp4 interleaved-zb": (
-        {"family": "qwen3", "layers": 8, "tied": True},
-        {**FP32, "global_batch": 6},
-        {"pp": 4, "schedule": "interleaved-zb"},
-    ),
     "pp4 dualpipe-v": (
         {"family": "qwen2", "layers": 8},
         {"global_batch": 5},
@@ -190,7 +185,7 @@ def table(found: dict[str, list[tuple[RankReport, str]]]) -> dict[str, list[Rank
 
 @pytest.mark.parametrize("name", CASES)
 def test_processes_train_as_one_rank(name: str, table: dict[str, list[RankReport]]) -> None:
-    """Loss, norm and every gradient of five steps are the single rank's, by the planned rows and bytes."""
+    """Loss, norm and every gradient of four steps are the single rank's, by the planned rows and bytes."""
     plan = made(name)
     found = distance(plan, table[name], reference(single_rank(plan), ragged=is_ragged(plan), steps=STEPS))
     assert found.largest <= TOLERANCE[plan.workload.precision], found
