@@ -262,6 +262,7 @@ def trained(made: TrainingPlan, seed: int) -> Simulation[Any]:
     return found
 
 
+@pytest.mark.no_cover
 def test_a_hundred_runs_of_a_seed_are_one_run() -> None:
     """Weights, losses, timelines, clocks and the log of all events, in their order, to the bit."""
     made = tiny_training()

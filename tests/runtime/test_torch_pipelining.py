@@ -42,6 +42,8 @@ from tests.runtime.models import (
     train,
 )
 
+pytestmark = pytest.mark.no_cover  # other tests count the lines
+
 pytest.importorskip("torch.distributed.pipelining", reason="this torch has no pipelining")
 
 WORLD_SIZE = 4
