@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from picotron.planner.catalogue import make_schedule
     from picotron.planner.check import check
     from picotron.planner.cluster import ClusterSpec
+    from picotron.planner.explain import Explanation, explain
+    from picotron.planner.megatron import to_megatron
+    from picotron.planner.megatron_import import from_megatron
     from picotron.planner.model import ModelSpec
     from picotron.planner.optimise import OptimisedSchedule, optimise
     from picotron.planner.pipeline import Schedule
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
     from picotron.planner.predict import Prediction, predict
     from picotron.planner.schedule_memory import ScheduleMemory
     from picotron.planner.schedule_times import PipelineCosts
+    from picotron.planner.search import search
+    from picotron.planner.search_result import SearchResult
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
     from picotron.planner.simulate import simulate_step
     from picotron.planner.topology import Topology
+    from picotron.planner.torchtitan import to_torchtitan
     from picotron.planner.workload import Workload
     from picotron.runtime.compare import compare as compare
     from picotron.runtime.fuzz import fuzz as fuzz
@@ -34,6 +40,7 @@ __all__ = [
     "ClusterSpec",
     "Difference",
     "ExecutionError",
+    "Explanation",
     "ModelSpec",
     "OptimisedSchedule",
     "PipelineCosts",
@@ -41,19 +48,25 @@ __all__ = [
     "Prediction",
     "Schedule",
     "ScheduleMemory",
+    "SearchResult",
     "Topology",
     "TrainingPlan",
     "Workload",
     "check",
     "diff",
+    "explain",
     "fingerprint",
+    "from_megatron",
     "load_plan",
     "make_schedule",
     "optimise",
     "plan",
     "predict",
     "save_plan",
+    "search",
     "simulate_step",
+    "to_megatron",
+    "to_torchtitan",
 ]
 
 __version__ = "0.1.0"
@@ -62,6 +75,7 @@ _PLANNER = {
     "ClusterSpec": "picotron.planner.cluster",
     "Difference": "picotron.planner.serialize",
     "ExecutionError": "picotron.errors",
+    "Explanation": "picotron.planner.explain",
     "ModelSpec": "picotron.planner.model",
     "OptimisedSchedule": "picotron.planner.optimise",
     "PipelineCosts": "picotron.planner.schedule_times",
@@ -69,19 +83,25 @@ _PLANNER = {
     "Prediction": "picotron.planner.predict",
     "Schedule": "picotron.planner.pipeline",
     "ScheduleMemory": "picotron.planner.schedule_memory",
+    "SearchResult": "picotron.planner.search_result",
     "Topology": "picotron.planner.topology",
     "TrainingPlan": "picotron.planner.plan",
     "Workload": "picotron.planner.workload",
     "check": "picotron.planner.check",
     "diff": "picotron.planner.serialize",
+    "explain": "picotron.planner.explain",
     "fingerprint": "picotron.planner.serialize",
+    "from_megatron": "picotron.planner.megatron_import",
     "load_plan": "picotron.planner.serialize",
     "make_schedule": "picotron.planner.catalogue",
     "optimise": "picotron.planner.optimise",
     "plan": "picotron.planner.plan",
     "predict": "picotron.planner.predict",
     "save_plan": "picotron.planner.serialize",
+    "search": "picotron.planner.search",
     "simulate_step": "picotron.planner.simulate",
+    "to_megatron": "picotron.planner.megatron",
+    "to_torchtitan": "picotron.planner.torchtitan",
 }
 _RUNTIME = {
     "Measurement": "picotron.runtime.run",

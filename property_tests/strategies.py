@@ -15,6 +15,7 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
 from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.recompute import MODES
 from picotron.planner.topology import AXES, Topology
 from picotron.planner.workload import Workload
 
@@ -235,6 +236,28 @@ def requests(
         "bucket_bytes": draw(st.sampled_from([1, 300, 2000, 2**30])),
     }
     return (model, draw(_clusters(pp * dp * cp * tp)), work), asked
+
+
+@st.composite
+def savings(draw: st.DrawFn, data_ranks: int, num_layers: int) -> dict[str, Any]:
+    """What saves memory in a plan of so many data-parallel ranks and layers: ZeRO, recompute, offload."""
+    zero_stage = draw(st.integers(0, 3))
+    modes, flags = st.sampled_from(MODES), st.booleans()
+    layers = {"min_size": num_layers, "max_size": num_layers}
+    return {
+        "zero_stage": zero_stage,
+        "shard": draw(st.sampled_from([None, *divisors(data_ranks)])) if zero_stage else None,
+        "recompute": draw(modes | st.lists(modes, **layers).map(tuple)),
+        "offload": draw(flags | st.lists(flags, **layers).map(tuple)),
+    }
+
+
+@st.composite
+def saving_plans(draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE) -> TrainingPlan:
+    """A plan of ``plans`` with any of ``savings``."""
+    request, asked = draw(requests(max_ranks, families))
+    data_ranks = request[1].num_devices // (asked["pp"] * asked["tp"])
+    return plan(*request, **asked | draw(savings(data_ranks, request[0].num_layers)))
 
 
 @st.composite

@@ -16,7 +16,7 @@ from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES
 from picotron.planner.workload import FORMATS, Workload
-from property_tests.strategies import plannable
+from property_tests.strategies import plannable, savings
 from property_tests.strategies_cluster import clusters, names
 from property_tests.strategies_model import models
 
@@ -35,7 +35,7 @@ def _divides(model: ModelSpec, tp: int) -> bool:
 def _able(cluster: ClusterSpec) -> ClusterSpec:
     """The cluster, with a device that can multiply in fp32 if it could in none of a plan's precisions."""
     peaks = cluster.device.peak_flops_per_second
-    if any(getattr(peaks, name) for name in FORMATS):
+    if any(getattr(peaks, form.product) for form in FORMATS.values()):
         return cluster
     return evolve(cluster, device=evolve(cluster.device, peak_flops_per_second=evolve(peaks, fp32=1e12)))
 
@@ -51,7 +51,8 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
     dp, micro_batch = draw(st.integers(1, max_degree)), draw(st.integers(1, 2))
     seq_len = tp * draw(st.integers(1, model.max_positions // tp))
     cluster = _able(evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp))
-    precisions = [name for name in FORMATS if getattr(cluster.device.peak_flops_per_second, name)]
+    peaks = cluster.device.peak_flops_per_second
+    precisions = [name for name, form in FORMATS.items() if getattr(peaks, form.product)]
     return plan(
         model,
         cluster,
@@ -68,6 +69,7 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
         micro_batch=micro_batch,
         sequence_parallel=draw(st.sampled_from([None, False])),
         bucket_bytes=draw(st.integers(1, 2**30)),
+        **draw(savings(dp, model.num_layers)),
     )
 
 

@@ -260,6 +260,16 @@ def test_bounds_are_told() -> None:
         with_offloading(program, [1], least_idle=1)
     with pytest.raises(PlanError, match="keep must be at least 1"):
         with_unsharding(program, [1], keep=0)
+    with pytest.raises(PlanError, match="max_active must be None or at least 1, got 0"):
+        with_unsharding(program, [1], max_active=0)
+    for sizes in ([-1], [], [1.5], [True]):
+        for make in (with_unsharding, with_offloading):
+            with pytest.raises(
+                PlanError, match="stage_bytes must be whole numbers of at least 0 for each of 1"
+            ):
+                make(program, sizes)
+    with pytest.raises(PlanError, match=r"stages must be among those of the program, \[0\], got \[3\]"):
+        with_recomputing(program, [3])
     assert [str(row) for row in rows(with_unsharding(program, [1]), 0)] == [
         "0UNSHARD", "0WAIT", "0F0", "0B0", "0RESHARD",
     ]  # fmt: skip

@@ -97,11 +97,24 @@ def test_every_flag_reaches_the_plan(run: Run):
     assert (data["stage_layers"], data["bucket_bytes"], data["micro_batch"]) == ([4, 2], 1024, 2)
     assert (data["schedule"]["name"], data["sequence_parallel"], data["chosen"]) == ("afab", True, [])
     assert (data["workload"]["learning_rate"], data["workload"]["optimizer"]) == (0.5, "sgd")
+    saving = "--dp 4 --zero-stage 2 --shard 2 --recompute full*2,none,selective*3 --offload yes*2,no*4"
+    code, out, _ = run("plan", *SMALL, *saving.split(), "--json")
+    data = json.loads(out)
+    assert (code, data["zero_stage"], data["shard"]) == (0, 2, 2)
+    assert data["recompute"] == ["full", "full", "none", "selective", "selective", "selective"]
+    assert data["offload"] == [True, True, False, False, False, False]
     code, out, _ = run(
         "plan", *SMALL, *["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "3"], "--json"
     )
     data = json.loads(out)
     assert (code, data["virtual_stages"], data["stage_layers"]) == (0, 3, [1] * 6)
+
+
+@pytest.mark.parametrize("words", ["--offload maybe", "--offload yes*x", "--recompute full*99999999999"])
+def test_layers_that_cannot_be_read_are_refused(run: Run, words: str):
+    """A word and, with a star, how often; no more layers than a model may have."""
+    code, _, error = run("plan", *SMALL, *words.split())
+    assert code == 2 and "if repeated, got" in error
 
 
 def test_a_schedule_of_several_stages_a_rank_is_planned_predicted_and_simulated(run: Run, tmp_path: Path):

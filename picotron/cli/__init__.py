@@ -15,10 +15,38 @@ from contextlib import suppress
 from typing import NoReturn
 
 from picotron import __version__
-from picotron.cli import calibrate, compare, diff, plan, predict, schedule, show, simulate, train
+from picotron.cli import (
+    calibrate,
+    compare,
+    diff,
+    explain,
+    export,
+    import_,
+    plan,
+    predict,
+    schedule,
+    search,
+    show,
+    simulate,
+    train,
+)
 from picotron.errors import ExecutionError, PlanError
 
-COMMANDS = (plan, show, predict, simulate, train, compare, schedule, diff, calibrate)
+COMMANDS = (
+    plan,
+    search,
+    show,
+    predict,
+    simulate,
+    train,
+    compare,
+    schedule,
+    diff,
+    calibrate,
+    explain,
+    export,
+    import_,
+)
 
 REQUEST_ERROR, EXECUTION_ERROR, INTERRUPTED = 2, 3, 130
 

@@ -17,6 +17,7 @@ from picotron.planner.torch_csv import orders_from_program_csv
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+MOST_LAYERS = 10_000
 STANDARD = "-"  # the standard input or output, in the place of a file
 
 
@@ -96,6 +97,26 @@ def integers(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """The names of ``pp,dp,cp,tp``."""
     return tuple(item.strip() for item in text.split(","))
+
+
+def modes(text: str) -> str | tuple[str, ...]:
+    """The one word of ``full``, or the words of ``full*2,none``: ("full", "full", "none")."""
+    found: list[str] = []
+    for item in text.split(","):
+        word, _, count = item.partition("*")
+        if "*" in item and not (count.strip().isdecimal() and int(count) <= MOST_LAYERS):
+            raise argparse.ArgumentTypeError(f"must be words, each with *COUNT if repeated, got {text!r}")
+        found += [word.strip()] * (int(count) if count else 1)
+    return found[0] if "," not in text and "*" not in text else tuple(found)
+
+
+def truths(text: str) -> bool | tuple[bool, ...]:
+    """Whether ``yes``, or each of ``yes*2,no``: (True, True, False)."""
+    words, known = modes(text), {"yes": True, "no": False}
+    several = (words,) if isinstance(words, str) else words
+    if not set(several) <= known.keys():
+        raise argparse.ArgumentTypeError(f"must be yes and no, each with *COUNT if repeated, got {text!r}")
+    return known[words] if isinstance(words, str) else tuple(known[word] for word in words)
 
 
 def read_orders(source: str) -> Orders:

@@ -13,8 +13,10 @@ from picotron.cli.common import (
     Subparsers,
     command,
     integers,
+    modes,
     names,
     read_orders,
+    truths,
     write_out,
     write_result,
 )
@@ -48,6 +50,20 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "stage_layers": ({"type": integers, "metavar": "LAYERS"}, "layers of each stage, as in 20,20,20,20"),
     "bucket_bytes": (_INTEGER, "bytes of a gradient bucket"),
+    "zero_stage": (
+        _INTEGER,
+        "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 parameters too (default 0)",
+    ),
+    "shard": (_INTEGER, "data-parallel ranks that share one sharded copy (default: all dp * cp)"),
+    "recompute": (
+        {"type": modes, "metavar": "MODE"},
+        "what backward computes again: none, selective (the attention core) or full, or one for each layer, "
+        "as in full*8,none*24 (default none)",
+    ),
+    "offload": (
+        {"type": truths, "nargs": "?", "const": True, "metavar": "LAYERS"},
+        "keep saved activations in host memory; of some layers, as in yes*8,no*24",
+    ),
 }
 WORKLOAD_HELP = {
     "global_batch": "sequences of a step, over all ranks",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from picotron.planner.pipeline import Schedule
     from picotron.planner.plan import TrainingPlan
     from picotron.planner.predict import Prediction
+    from picotron.planner.search_result import SearchResult
     from picotron.planner.serialize import Difference, diff, fingerprint, load_plan, save_plan
     from picotron.planner.topology import Topology
     from picotron.planner.workload import Workload
@@ -24,6 +25,7 @@ __all__ = [
     "ModelSpec",
     "Prediction",
     "Schedule",
+    "SearchResult",
     "Topology",
     "TrainingPlan",
     "Workload",
@@ -39,6 +41,7 @@ _ROOMS = {
     "ModelSpec": "model",
     "Prediction": "predict",
     "Schedule": "pipeline",
+    "SearchResult": "search_result",
     "Topology": "topology",
     "TrainingPlan": "plan",
     "Workload": "workload",

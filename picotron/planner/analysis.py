@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from picotron.planner.flow import HOLDS, WORK, Times
-from picotron.planner.program import COMPUTE, SENDS, Kind, Program
+from picotron.planner.program import COLLECTIVES, COMPUTE, SENDS, Kind, Program
 
 CAUSES = ("warm-up", "forward", "backward", "send", "collective", "copy", "end")
 """Why a rank idles: it waits for the first thing it computes with, for a later forward input, for a backward
@@ -17,7 +17,7 @@ _CAUSE_OF = {
     **dict.fromkeys((Kind.RECV_F,), "forward"),
     **dict.fromkeys((Kind.RECV_B,), "backward"),
     **dict.fromkeys(SENDS, "send"),
-    **dict.fromkeys((Kind.COUNT, Kind.REDUCE, Kind.NORM, Kind.UNSHARD), "collective"),
+    **dict.fromkeys(COLLECTIVES, "collective"),
     **dict.fromkeys((Kind.OFFLOAD, Kind.RELOAD), "copy"),
 }
 

@@ -56,6 +56,8 @@ class Operation:
     ``creates`` are live while it runs; ``frees`` die when it has. ``payload_bytes`` of a collective is what
     one rank hands over: the tensor (all_reduce), the whole output (all_gather) or the whole input.
     A step of the weight gradients names what it ``reads``; every other step names nothing.
+    ``shape`` of a matmul is (m, n, k, batch): ``batch`` times [m, k] @ [k, n]; of attention it is that of the
+    scores, [queries, head_dim] @ [head_dim, keys] for each head. Empty where nothing is said.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Operation:
     creates: tuple[Tensor, ...] = ()
     frees: tuple[Tensor, ...] = ()
     reads: tuple[Tensor, ...] = ()
+    shape: tuple[int, ...] = ()
 
     @property
     def for_weights(self) -> bool:

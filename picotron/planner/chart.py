@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from attrs import frozen
 
-from picotron.planner.program import COMPUTE, Kind, Row
+from picotron.planner.program import COLLECTIVES, COMPUTE, Kind, Row
 from picotron.planner.timeline import Timeline
 
 FILLS: dict[str, str] = {
@@ -131,7 +131,7 @@ def background_bars(timeline: Timeline, programs: Sequence[Sequence[Row]]) -> tu
     found = (
         Bar(
             rank=rank,
-            activity="wait" if programs[rank][index].kind is not Kind.REDUCE else "collective",
+            activity="collective" if programs[rank][index].kind in COLLECTIVES else "wait",
             start_seconds=start - origin,
             end_seconds=end - origin,
             label=str(programs[rank][index]),

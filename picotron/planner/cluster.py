@@ -26,19 +26,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from attrs import Attribute, evolve, field, frozen
+from attrs import Attribute, Factory, evolve, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import instance_of
 from attrs.validators import optional as optional_validator
 from cattrs import Converter
 
 from picotron.errors import PlanError
+from picotron.planner.architectures import ARCHITECTURES, HOST_RATES, PROCESSORS, architecture_of
+from picotron.planner.measured import MeasuredCosts
 from picotron.planner.records import hint, read_json, strict_converter, structured
+from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.validators import as_float, is_between, is_integer, is_positive, of_class_must_be, shown
 
-PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
+PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
 MOST_DEVICES = 2**17
 LARGEST_COUNT = 2**62
+DEFAULT_PROFILE = "picotron"
 KINDS_OF_DEVICE = ("cuda", "rocm", "cpu")
 
 
@@ -54,6 +58,7 @@ _COUNT = [
 _TEXT = of_class_must_be(
     "text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())
 )
+_ARCHITECTURE = of_class_must_be(f"one of {ARCHITECTURES}", lambda value: value in ARCHITECTURES)
 _DEVICE_KIND = of_class_must_be(f"one of {KINDS_OF_DEVICE}", lambda value: value in KINDS_OF_DEVICE)
 
 
@@ -78,11 +83,17 @@ class Peaks:
     bf16: float | None = _peak()
     fp16: float | None = _peak()
     fp8: float | None = _peak()
+    fp4: float | None = _peak()
 
 
 @frozen(kw_only=True)
 class DeviceSpec:
-    """One accelerator, or one CPU core with its share of the memory."""
+    """One accelerator, or one CPU core with its share of the memory.
+
+    ``processors`` are what a product's tiles are dealt to (streaming multiprocessors, compute units);
+    ``host_bytes_per_second`` is the rate to host memory in one direction, which offloading crosses. Left
+    out, the architecture follows from kind and name, and these two from the architecture.
+    """
 
     name: str = field(validator=_TEXT)
     peak_flops_per_second: Peaks = field(validator=instance_of(Peaks))
@@ -90,6 +101,17 @@ class DeviceSpec:
     memory_bytes_per_second: float = field(converter=as_float, validator=_POSITIVE)
     kind: str = field(validator=_DEVICE_KIND)
     source: str = field(validator=_TEXT)
+    architecture: str = field(
+        default=Factory(lambda self: architecture_of(self.kind, self.name), True), validator=_ARCHITECTURE
+    )
+    processors: int = field(
+        default=Factory(lambda self: PROCESSORS[self.architecture], True), validator=_COUNT
+    )
+    host_bytes_per_second: float = field(
+        default=Factory(lambda self: HOST_RATES[self.architecture], True),
+        converter=as_float,
+        validator=_POSITIVE,
+    )
 
 
 @frozen(kw_only=True)
@@ -104,18 +126,36 @@ class LinkSpec:
 
 @frozen(kw_only=True)
 class Efficiency:
-    """The software profile: fractions of the peaks reached, and the fixed cost of one kernel in seconds."""
+    """The software profile: fractions of the peaks reached, and the fixed cost of one kernel in seconds.
+
+    Where costs were ``measured`` by shape, those count and the fractions of matmul and memory do not. What
+    an observed run corrects (``fit_profile``) are the two scales, which multiply all seconds of computing and
+    of communication, and ``step_seconds``, which every rank spends once a step.
+    """
 
     matmul: float = field(converter=as_float, validator=_FRACTION)
     memory: float = field(converter=as_float, validator=_FRACTION)
     link: float = field(converter=as_float, validator=_FRACTION)
     kernel_seconds: float = field(converter=as_float, validator=_NOT_NEGATIVE)
     source: str = field(validator=_TEXT)
+    measured: MeasuredCosts | None = field(
+        default=None, validator=optional_validator(instance_of(MeasuredCosts))
+    )
+    compute_scale: float = field(default=1.0, converter=as_float, validator=_POSITIVE)
+    communication_scale: float = field(default=1.0, converter=as_float, validator=_POSITIVE)
+    step_seconds: float = field(default=0.0, converter=as_float, validator=_NOT_NEGATIVE)
+
+
+def _profile(value: Any) -> Any:
+    return software_profile(value) if isinstance(value, str) else value
 
 
 @frozen(kw_only=True)
 class ClusterSpec:
-    """Equal nodes of equal devices, the two levels of link and the software profile."""
+    """Equal nodes of equal devices, the two levels of link, and what software reaches and does on them.
+
+    ``profile`` is a software profile or the name of a preset.
+    """
 
     name: str = field(validator=_TEXT)
     device: DeviceSpec = field(validator=instance_of(DeviceSpec))
@@ -124,6 +164,11 @@ class ClusterSpec:
     intra_node: LinkSpec = field(validator=instance_of(LinkSpec))
     inter_node: LinkSpec = field(validator=instance_of(LinkSpec))
     efficiency: Efficiency = field(validator=instance_of(Efficiency))
+    profile: SoftwareProfile = field(
+        factory=lambda: software_profile(DEFAULT_PROFILE),
+        converter=_profile,
+        validator=instance_of(SoftwareProfile),
+    )
 
     @efficiency.validator
     def _not_too_many(self, _: Attribute[Any], __: Efficiency) -> None:

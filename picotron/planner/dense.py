@@ -223,6 +223,7 @@ def attend(
             moved_bytes=(4 if forward else 8) * d.tokens * d.heads * d.head_dim * d.itemsize,
             creates=tuple(creates),
             frees=tuple(frees),
+            shape=(d.seq_len, keys, d.head_dim, d.batch * d.heads),
         )
     )
 

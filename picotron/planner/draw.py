@@ -300,4 +300,18 @@ def _headline(plan: TrainingPlan) -> list[str]:
         f"{plan.model.name} on {cluster.num_devices} x {cluster.device.name} ({cluster.name}): {parallel}",
         f"batch {work.global_batch} x {work.seq_len} = {tokens:,} tokens a step, {plan.num_microbatches} "
         f"microbatches of {plan.micro_batch}, {plan.schedule_name}, {work.precision}, {work.optimizer}",
+        *_memory_savings(plan),
     ]
+
+
+def _memory_savings(plan: TrainingPlan) -> list[str]:
+    """A line of what is sharded, recomputed and offloaded, if anything is."""
+    layers, said = plan.model.num_layers, []
+    if plan.zero_stage:
+        ranks = plan.shard or plan.topology.dp * plan.topology.cp
+        said.append(f"ZeRO stage {plan.zero_stage} over {ranks} ranks")
+    counts = {mode: plan.recompute.count(mode) for mode in ("selective", "full")}
+    said += [f"{mode} recompute of {count} of {layers} layers" for mode, count in counts.items() if count]
+    if any(plan.offload):
+        said.append(f"offload of {sum(plan.offload)} of {layers} layers")
+    return [", ".join(said)] if said else []

@@ -22,7 +22,7 @@ from attrs import define, field, frozen
 from picotron.errors import PlanError
 from picotron.planner.clock import Operation, Span, advance
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored
+from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored
 
 
 class Stream(NamedTuple):
@@ -153,6 +153,8 @@ class _Run:
                 found[index] = Span(began, self.free[lane])
             elif kind is Kind.UPDATE:
                 found[index] = self.spend(lane, own.update_seconds * own.factor)
+            elif kind is Kind.RESHARD:
+                found[index] = Span(began, began)
             else:
                 meeting = self.post_row(lane, index)
                 if kind is Kind.COUNT or kind is Kind.NORM:
@@ -239,6 +241,8 @@ def _row_stream(own: Lane, lane: int, row: Row) -> Stream:
         peer, factor = own.peers[row.peer]
         name = "forward" if row.kind in (Kind.SEND_F, Kind.RECV_F) else "backward"
         return Stream(name, (lane, peer) if row.kind in SENDS else (peer, lane), factor)
+    if row.kind in COPIES:
+        return Stream(COPIES[row.kind], (lane,))
     return own.communicators[own.group_names[row.group]]
 
 
@@ -261,7 +265,7 @@ def _first_sum(own: Lane) -> int:
     sums = (
         index if row.anchor_row < 0 else row.anchor_row
         for index, row in enumerate(own.rows)
-        if row.kind is Kind.REDUCE
+        if row.kind in (Kind.REDUCE, Kind.REDUCE_SCATTER)
     )
     return min(sums, default=len(own.rows))
 

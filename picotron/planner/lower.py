@@ -9,14 +9,16 @@ its receive is posted. Between two stages of one rank nothing is sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 from attrs import frozen
 
+from picotron.errors import PlanError
 from picotron.planner.actions import F
 from picotron.planner.data import Bucket
+from picotron.planner.passes import cells, with_streams
 from picotron.planner.pipeline import Schedule
 from picotron.planner.program import (
     COMPUTE,
@@ -33,9 +35,39 @@ from picotron.planner.program import (
     with_rows,
 )
 from picotron.planner.schedule_times import needed, schedule_times, unit_costs
+from picotron.planner.sharding import Exchange
 from picotron.planner.validity import rank_column
 
 MIRROR = "mirror"  # the two ranks that hold a copy of the same stages
+
+
+MAX_REDUCTIONS = 2_000_000  # rows that reduce gradients in every microbatch
+
+
+@frozen(kw_only=True)
+class Sharded:
+    """What is done with each bucket of each stage: its collectives in order, the first inside its B or W.
+
+    ``each_microbatch``: a first one that is a reduce-scatter in every B or W, not in the last alone.
+    ``gathers``: after the update, where there is one.
+    """
+
+    sums: Sequence[Sequence[Sequence[Exchange]]] = ()
+    gathers: Sequence[Sequence[Exchange | None]] = ()
+    each_microbatch: bool = False
+
+
+NOTHING_SHARDED = Sharded()
+
+
+@frozen(kw_only=True)
+class Stream:
+    """What moves beside the computing of each stage: see ``passes.with_streams``."""
+
+    kind: Kind
+    beside: tuple[Kind, ...]
+    stage_bytes: Sequence[int]
+    group: str | None = None
 
 
 def lower(
@@ -46,22 +78,32 @@ def lower(
     bucket_bytes: Sequence[Sequence[int]],
     data_parallel: bool,
     world_size: int,
+    sharded: Sharded = NOTHING_SHARDED,
+    streams: Sequence[Stream] = (),
 ) -> Program:
     """The program of one step.
 
     ``boundary_bytes``: what passes between stages for one microbatch. ``buckets`` and ``bucket_bytes``:
-    for each stage. Raises PlanError where ranks would wait for each other in a circle.
+    for each stage. ``sharded``: what is done with them instead of summing them over where they are partial.
+    ``streams``: what is gathered and copied beside the computing. Raises PlanError where ranks would wait for
+    each other in a circle.
     """
     program = with_transfers(schedule, boundary_bytes)
-    program = with_reductions(program, buckets, bucket_bytes)
+    for stream in streams:
+        program = with_streams(program, stream.kind, stream.beside, stream.stage_bytes, group=stream.group)
+    if sharded.sums:
+        program = with_sums(program, buckets, sharded.sums, each_microbatch=sharded.each_microbatch)
+    else:
+        program = with_reductions(program, buckets, bucket_bytes)
     if schedule.bidirectional:
         program = with_mirror_sums(program, schedule, [sum(sizes) for sizes in bucket_bytes])
-    return with_frame(
+    program = with_frame(
         program,
         schedule,
         count_bytes=COUNT_BYTES if data_parallel else 0,
         statistics_bytes=STATISTICS_BYTES if world_size > 1 else 0,
     )
+    return with_gathers(program, buckets, sharded.gathers) if sharded.gathers else program
 
 
 @frozen
@@ -261,46 +303,118 @@ def _number_in_run(keys: np.ndarray) -> np.ndarray:
 def with_reductions(
     program: Program, buckets: Sequence[Sequence[Bucket]], bucket_bytes: Sequence[Sequence[int]]
 ) -> Program:
+    """Each bucket summed over the groups where its gradients are partial, as ``with_sums`` does."""
+    sums = [
+        [
+            [Exchange(kind=Kind.REDUCE, group=group, bytes=size) for group in bucket.partial]
+            for bucket, size in zip(own, sizes, strict=True)
+        ]
+        for own, sizes in zip(buckets, bucket_bytes, strict=True)
+    ]
+    return with_sums(program, buckets, sums)
+
+
+def with_sums(
+    program: Program,
+    buckets: Sequence[Sequence[Bucket]],
+    sums: Sequence[Sequence[Sequence[Exchange]]],
+    *,
+    each_microbatch: bool = False,
+) -> Program:
     """Each bucket's first sum starts inside its stage's last B or W as soon as the bucket is complete.
 
     Its row follows the one it is anchored in; further sums of the same bucket follow the wait for the one
-    before, at the end, stage by stage in the order in which they are complete.
+    before, at the end, stage by stage in the order in which they are complete. ``each_microbatch``: a first
+    one that is a reduce-scatter starts inside every B or W, and has ended before the rank's next one begins.
     """
-    partial = (name for own in buckets for bucket in own for name in bucket.partial)
-    groups = _with_groups(program, "dp_cp", "world", *partial)
+    names = (exchange.group for own in sums for bucket in own for exchange in bucket)
+    groups = _with_groups(program, "dp_cp", "world", *names)
     new: list[tuple[int, int, Row]] = []
 
     def post(rank: int, before: int, row: Row) -> int:
         new.append((rank, before, row))
         return program.num_rows + len(new) - 1
 
-    started: list[tuple[int, Bucket, int, int]] = []
+    if each_microbatch:
+        for rank, before, anchor in _earlier_backwards(program):
+            stage, microbatch = int(program.stage[anchor]), int(program.microbatch[anchor])
+            for bucket, wanted in zip(buckets[stage], sums[stage], strict=True):
+                if wanted and wanted[0].kind is Kind.REDUCE_SCATTER:
+                    row = _sum(groups, bucket, wanted[0], anchor, bucket.ready_segment, microbatch)
+                    wait = Row(Kind.WAIT, stage, microbatch, bucket.index, target=post(rank, anchor + 1, row))
+                    post(rank, before, wait)
+                    _check_reductions(len(new))
+    started: list[tuple[int, Bucket, Sequence[Exchange], int]] = []
     for (rank, stage), anchor in last_backwards(program).items():
-        for bucket, size in zip(buckets[stage], bucket_bytes[stage], strict=True):
-            if bucket.partial:
-                row = _sum(groups, bucket, 0, size, anchor, bucket.ready_segment)
-                started.append((rank, bucket, size, post(rank, anchor + 1, row)))
-    for rank, bucket, size, last in started:
+        for bucket, wanted in zip(buckets[stage], sums[stage], strict=True):
+            if wanted:
+                row = _sum(groups, bucket, wanted[0], anchor, bucket.ready_segment)
+                started.append((rank, bucket, wanted, post(rank, anchor + 1, row)))
+    for rank, bucket, wanted, last in started:
         stop = program.offsets[rank + 1]
-        for number in range(1, len(bucket.partial)):
+        for exchange in wanted[1:]:
             post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
-            last = post(rank, stop, _sum(groups, bucket, number, size))
+            last = post(rank, stop, _sum(groups, bucket, exchange))
         post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
     return with_rows(program, new, groups)
 
 
+def _earlier_backwards(program: Program) -> Iterator[tuple[int, int, int]]:
+    """Each B and W but its stage's last: its rank, where the rank's next cell with one begins, its row."""
+    last, own = set(last_backwards(program).values()), cells(program)
+    found = np.flatnonzero(program.is_kind(Kind.BACKWARD, Kind.BACKWARD_WEIGHT)[own.rows])
+    begins = own.opens[own.of[found]]
+    rank = program.rank[own.rows[found]]
+    for index, row in enumerate(own.rows[found].tolist()):
+        if row not in last:
+            later = np.searchsorted(begins, row, side="right")
+            yield int(rank[index]), int(begins[later]), row
+
+
+def _check_reductions(count: int) -> None:
+    if count > MAX_REDUCTIONS:
+        raise PlanError(
+            f"zero_stage 2 and 3 reduce every bucket in every microbatch, at most {MAX_REDUCTIONS:,} rows, "
+            "got more; raise bucket_bytes or micro_batch"
+        )
+
+
 def _sum(
-    groups: Sequence[str], bucket: Bucket, number: int, size: int, anchor_row: int = -1, segment: int = -1
+    groups: Sequence[str],
+    bucket: Bucket,
+    exchange: Exchange,
+    anchor_row: int = -1,
+    segment: int = -1,
+    microbatch: int = -1,
 ) -> Row:
     return Row(
-        Kind.REDUCE,
+        exchange.kind,
         bucket.stage,
+        microbatch,
         part=bucket.index,
         anchor_row=anchor_row,
         anchor_segment=segment,
-        group=groups.index(bucket.partial[number]),
-        bytes=size,
+        group=groups.index(exchange.group),
+        bytes=exchange.bytes,
     )
+
+
+def with_gathers(
+    program: Program,
+    buckets: Sequence[Sequence[Bucket]],
+    gathers: Sequence[Sequence[Exchange | None]],
+) -> Program:
+    """At the end of each rank, after the update, every bucket's parameters gathered again."""
+    groups = _with_groups(program, *(found.group for own in gathers for found in own if found is not None))
+    posts, waits = list[tuple[int, int, Row]](), list[tuple[int, int, Row]]()
+    for rank, stage in last_backwards(program):
+        stop = program.offsets[rank + 1]
+        for bucket, found in zip(buckets[stage], gathers[stage], strict=True):
+            if found is not None:
+                wait = Row(Kind.WAIT, stage, part=bucket.index, target=program.num_rows + len(posts))
+                posts.append((rank, stop, _sum(groups, bucket, found)))
+                waits.append((rank, stop, wait))
+    return with_rows(program, [*posts, *waits], groups)
 
 
 def with_mirror_sums(program: Program, schedule: Schedule, stage_bytes: Sequence[int]) -> Program:

@@ -15,7 +15,7 @@ from attrs import field, frozen
 from picotron.errors import PlanError
 from picotron.planner.program import RECEIVES, SENDS, Kind, Program
 
-SUMS = (Kind.COUNT, Kind.REDUCE, Kind.NORM)
+SUMS = (Kind.COUNT, Kind.REDUCE, Kind.NORM, Kind.REDUCE_SCATTER, Kind.ALL_GATHER)
 COPIES = (Kind.UNSHARD, Kind.OFFLOAD, Kind.RELOAD)
 
 

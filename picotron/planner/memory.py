@@ -15,9 +15,10 @@ from attrs import cmp_using, define, field, frozen
 
 from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_memory
 from picotron.planner.cost import of_kind
-from picotron.planner.layout import counts_in_norm, local_numel
+from picotron.planner.layout import counts_in_norm
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, STATISTICS_BYTES, Kind, Row, rows
+from picotron.planner.sharding import GRADIENTS, OPTIMIZER, PARAMETERS
 from picotron.planner.topology import Coordinate, coordinate
 from picotron.planner.workload import MOMENTS
 
@@ -54,14 +55,16 @@ class MemoryTimeline:
 
 
 def static_bytes(plan: TrainingPlan, where: Coordinate) -> dict[Category, int]:
-    """Bytes at ``where`` that stand all the time."""
-    own = plan.held(where)
-    numel = sum(local_numel(p, where) for p in own)
+    """Bytes at ``where`` that stand all the time; of what is sharded, this rank's part."""
+    own, sharding = plan.held(where), plan.sharding
+    optimizer, gradients, parameters = (
+        sum(sharding.numel(p, where, what) for p in own) for what in (OPTIMIZER, GRADIENTS, PARAMETERS)
+    )
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     return {
-        "parameters": numel * form.compute,
-        "gradients": numel * form.gradient,
-        "optimizer": numel * (form.main + moments * form.moment)
+        "parameters": parameters * form.compute,
+        "gradients": gradients * form.gradient,
+        "optimizer": optimizer * (form.main + moments * form.moment)
         + STEP_COUNTER_BYTES * len(own) * (moments > 0),
         "constants": STATISTICS_BYTES + _position_bytes(plan, where),
     }
@@ -117,6 +120,7 @@ class _Moments:
     highest: list[np.ndarray] = field(factory=list)
     segments: dict[tuple[int, Kind], list[int]] = field(factory=dict)  # by stage and phase
     changes: dict[tuple[Kind, Kind], int] = field(factory=dict)  # by row, and what it waits for
+    reduced: dict[tuple[int, int], int] = field(factory=dict)  # by stage and bucket, once it is waited for
 
     def add(self, left: np.ndarray, highest: np.ndarray) -> int:
         self.left.append(left)
@@ -126,10 +130,10 @@ class _Moments:
     def of(self, row: Row, own: Sequence[Row]) -> list[tuple[int, int]]:
         """(operation, moment) of each entry of ``row``: its segments, then the row itself (-1)."""
         concerned = own[row.target].kind if row.kind is Kind.WAIT else row.kind
-        return [
-            *enumerate(self.segments.get((row.stage, row.kind), ())),
-            (-1, self.changes.get((row.kind, concerned), 0)),
-        ]
+        change = self.changes.get((row.kind, concerned), 0)
+        if concerned is Kind.REDUCE_SCATTER:
+            change = self.reduced.get((row.stage, row.part), 0)
+        return [*enumerate(self.segments.get((row.stage, row.kind), ())), (-1, change)]
 
 
 def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
@@ -153,6 +157,10 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
     found.changes[Kind.NORM, Kind.NORM] = scratch
     for stage in plan.rank_stages(where.pp):
         bodies = plan.bodies(stage, where.tp)
+        if plan.zero_stage >= GRADIENTS:
+            scattered = [sums and sums[0].kind is Kind.REDUCE_SCATTER for sums in plan.bucket_sums(stage)]
+            last = max((index for index, is_last in enumerate(scattered) if is_last), default=-1)
+            found.reduced[stage, last] = change("gradients", -plan.buffer_bytes(stage, where.tp))
         for kind in COMPUTE:
             segments = of_kind(bodies, kind).segments
             found.segments[stage, kind] = [found.add(*segment_memory(segment)) for segment in segments]

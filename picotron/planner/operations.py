@@ -53,6 +53,7 @@ class Operations:
                 creates=tuple(creates),
                 frees=tuple(frees),
                 reads=tuple(reads),
+                shape=(m, n, k, batch),
             )
         )
 

@@ -17,8 +17,19 @@ from picotron.errors import PlanError
 from picotron.planner.actions import B, I, Orders, W
 from picotron.planner.deadlock import unbatched
 from picotron.planner.pipeline import Schedule
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, inserted, with_rows
+from picotron.planner.program import (
+    COMPUTE,
+    RECEIVES,
+    SENDS,
+    Kind,
+    Program,
+    Row,
+    check_bytes,
+    inserted,
+    with_rows,
+)
 from picotron.planner.schedule_times import PipelineCosts, needed, schedule_times, unit_costs
+from picotron.planner.validators import is_integer, shown
 from picotron.planner.validity import rank_column
 
 BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
@@ -68,7 +79,13 @@ def cells(program: Program) -> Cells:
 
 
 def with_recomputing(program: Program, stages: Collection[int]) -> Program:
-    """Each B or I of these stages with one more forward before it, while its gradient is under way."""
+    """Each B or I of these stages with one more forward before it, while its gradient is under way.
+
+    Raises PlanError for a stage that the program does not have.
+    """
+    known = set(program.stage[program.is_kind(*COMPUTE)].tolist())
+    if not known.issuperset(stages):
+        raise PlanError(f"stages must be among those of the program, {sorted(known)}, got {shown(stages)}")
     own = cells(program)
     chosen = np.flatnonzero(
         program.is_kind(*BACKWARDS)[own.rows] & np.isin(program.stage[own.rows], list(stages))
@@ -90,14 +107,17 @@ def with_offloading(program: Program, stage_bytes: Sequence[int], *, least_idle:
     The copy is waited for, and its memory freed, after the cell after the F; the one back is posted before
     the cell before the B or I, and waited for before that. ``stage_bytes``: what one microbatch saves.
     """
-    if least_idle < 2:
-        raise PlanError(f"least_idle must be at least 2, so that both copies have time, got {least_idle}")
+    if not is_integer(least_idle) or least_idle < 2:
+        raise PlanError(
+            f"least_idle must be at least 2, so that both copies have time, got {shown(least_idle)}"
+        )
+    sizes = _sizes(stage_bytes, program)
     own = cells(program)
     forward, backward = _matched(program, own)
     idle = own.of[backward] - own.of[forward] - 1 >= least_idle
     away, home = own.of[forward[idle]], own.of[backward[idle]]
     row = own.rows[forward[idle]]
-    size, many = np.asarray(stage_bytes, dtype=np.int64)[program.stage[row]], len(row)
+    size, many = sizes[program.stage[row]], len(row)
     before = np.concatenate([own.closes[away], own.closes[away + 1], own.opens[home - 1], own.opens[home]])
     none, posted = np.full(many, -1), program.num_rows + np.arange(many)
     return inserted(
@@ -110,6 +130,59 @@ def with_offloading(program: Program, stage_bytes: Sequence[int], *, least_idle:
         bytes=np.concatenate([size, 0 * size, size, 0 * size]),
         target=np.concatenate([none, posted, none, posted + 2 * many]),
     )
+
+
+def with_streams(
+    program: Program,
+    kind: Kind,
+    beside: Collection[Kind],
+    stage_bytes: Sequence[int],
+    *,
+    group: str | None = None,
+) -> Program:
+    """A row of ``kind`` beside each row of the kinds ``beside``, standing for its layers one after the other.
+
+    It is posted before its cell, and waited for before the next cell or at the rank's end: the two take as
+    long as the longer one. ``stage_bytes``: what one row moves; a stage of 0 bytes has none. ``group``: over
+    which a collective runs. Gathered parameters are freed (RESHARD) once they have been waited for.
+    """
+    sizes = _sizes(stage_bytes, program)
+    own = cells(program)
+    chosen = np.flatnonzero(program.is_kind(*beside)[own.rows] & (sizes[program.stage[own.rows]] > 0))
+    row, cell, many = own.rows[chosen], own.of[chosen], len(chosen)
+    stops = np.array(program.offsets)[program.rank[row] + 1]
+    following = own.opens[(cell + 1) % len(own.opens)] if many else stops
+    after = np.where(own.is_last(cell), stops, following) if many else stops
+    groups = program.groups if group is None or group in program.groups else (*program.groups, group)
+    ends = [Kind.WAIT, Kind.RESHARD] if kind is Kind.UNSHARD else [Kind.WAIT]
+    times = len(ends) + 1
+    posted = program.num_rows + len(ends) * many + np.arange(many)
+    none, nowhere = np.full(many, -1), np.full((len(ends) - 1) * many, -1)
+    columns = {
+        "kind": np.repeat([*ends, kind], many),
+        "stage": np.tile(program.stage[row], times),
+        "bytes": np.concatenate([np.zeros(len(ends) * many, dtype=np.int64), sizes[program.stage[row]]]),
+        "target": np.concatenate([posted, nowhere, none]),
+    }
+    if group is None:
+        columns["microbatch"] = np.tile(program.microbatch[row], times)
+    else:
+        columns["group"] = np.repeat([-1] * len(ends) + [groups.index(group)], many)
+    before = np.concatenate([np.tile(after, len(ends)), own.opens[cell]])
+    return inserted(program, np.tile(program.rank[row], times), before, groups, **columns)
+
+
+def _sizes(stage_bytes: Sequence[int], program: Program) -> np.ndarray:
+    """Bytes by stage. Raises PlanError unless every stage has a whole number of at least 0."""
+    needed = int(program.stage.max(initial=-1)) + 1
+    if len(stage_bytes) < needed or not all(is_integer(size) and size >= 0 for size in stage_bytes):
+        raise PlanError(
+            f"stage_bytes must be whole numbers of at least 0 for each of {needed} stages, "
+            f"got {shown(list(stage_bytes))}"
+        )
+    for size in stage_bytes:
+        check_bytes(size)
+    return np.asarray(stage_bytes, dtype=np.int64)
 
 
 def _matched(program: Program, own: Cells) -> tuple[np.ndarray, np.ndarray]:
@@ -193,8 +266,11 @@ def with_unsharding(
     ``weights_use``: a W uses parameters too, as in torch. Source: Rajbhandari et al. 2019, ZeRO,
     arXiv:1910.02054. Raises PlanError if a cell uses more stages than ``max_active``.
     """
-    if keep < 1:
-        raise PlanError(f"keep must be at least 1, got {keep}")
+    if not is_integer(keep) or keep < 1:
+        raise PlanError(f"keep must be at least 1, got {shown(keep)}")
+    if max_active is not None and (not is_integer(max_active) or max_active < 1):
+        raise PlanError(f"max_active must be None or at least 1, got {shown(max_active)}")
+    _sizes(stage_bytes, program)
     own = cells(program)
     groups = program.groups if group in program.groups else (*program.groups, group)
     new: list[tuple[int, int, Row]] = []

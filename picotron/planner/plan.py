@@ -6,11 +6,12 @@ What follows from its fields (schedule, layout, bodies, program) is derived by p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from attrs import Attribute, evolve, field, frozen
+from attrs import Attribute, Converter, evolve, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.actions import B, W
@@ -19,16 +20,27 @@ from picotron.planner.catalogue import known, make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket, buckets
 from picotron.planner.flops import matmuls
-from picotron.planner.layout import Placement, is_held, layout, local_numel, stage_segments
-from picotron.planner.lower import lower
+from picotron.planner.layout import Placement, is_held, layout, stage_segments
+from picotron.planner.lower import NOTHING_SHARDED, Sharded, Stream, lower
 from picotron.planner.model import ModelSpec, Segment, segments
 from picotron.planner.pipeline import Schedule, loop_ranks, schedule_from_csv, v_ranks
-from picotron.planner.program import Program
+from picotron.planner.program import Kind, Program
+from picotron.planner.recompute import Recompute, flags_by_layer, modes_by_layer, units
+from picotron.planner.sharding import (
+    DATA_GROUPS,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    Exchange,
+    Sharding,
+    data_group,
+    gradient_sums,
+)
 from picotron.planner.split import rank_split
-from picotron.planner.stage import stage_bodies
+from picotron.planner.stage import Variant, offloaded_bytes, stage_bodies
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES, Coordinate, Topology
-from picotron.planner.validators import are_words, as_tuple, is_size, must_be, whole
+from picotron.planner.validators import are_words, as_tuple, is_size, must_be, shown, whole
 from picotron.planner.workload import FORMATS, Format, Workload
 
 SCHEMA_VERSION = 1
@@ -41,12 +53,30 @@ def _layers(value: Iterable[int]) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _num_layers(made: Any) -> int:
+    """Decoder layers of a plan that is being made, whose model may yet turn out to be none."""
+    return int(getattr(getattr(made, "model", None), "num_layers", 1))
+
+
+def _by_layer(default: object, taken: Callable[[object, int], tuple[Any, ...]]) -> Any:
+    """A field with a value for each decoder layer; one value stands for all."""
+
+    def convert(value: object, made: Any) -> tuple[Any, ...]:
+        return taken(value, _num_layers(made))
+
+    converter: Any = Converter(convert, takes_self=True)
+    return field(default=default, converter=converter)
+
+
 @frozen(kw_only=True)
 class TrainingPlan:
     """Everything a rank needs, in one value. Build it with ``plan``; a value that exists is valid.
 
     A pipeline rank holds ``virtual_stages`` stages, which the schedule places. ``stage_layers``: decoder
     layers of each stage. ``schedule_csv`` holds the orders of a custom schedule.
+    ``zero_stage``: what ``shard`` of the dp * cp ranks (all, if None) share rather than copy: nothing (0),
+    the optimizer's state (1), gradients too (2), parameters too (3). ``recompute`` and ``offload`` have one
+    value for each decoder layer; one value given for all is repeated.
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
 
@@ -61,6 +91,10 @@ class TrainingPlan:
     sequence_parallel: bool = False
     stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
+    zero_stage: int = field(default=0, validator=whole(0, 3))
+    shard: int | None = None
+    recompute: tuple[Recompute, ...] = _by_layer("none", modes_by_layer)
+    offload: tuple[bool, ...] = _by_layer(False, flags_by_layer)
     chosen: tuple[str, ...] = field(
         default=(), converter=as_tuple, validator=must_be("a sequence of texts", are_words)
     )
@@ -79,6 +113,7 @@ class TrainingPlan:
         if not isinstance(self.sequence_parallel, bool):
             raise PlanError(f"sequence_parallel must be True or False, got {self.sequence_parallel!r}")
         _check_degrees(self.model, self.cluster, self.workload, self.topology, self.micro_batch)
+        _check_shard(self.zero_stage, self.shard, self.topology)
         _check_stages(self.model, self.topology.pp, self.virtual_stages)
         num_stages = self.topology.pp * self.virtual_stages
         if len(self.stage_layers) != num_stages or sum(self.stage_layers) != self.model.num_layers:
@@ -90,7 +125,7 @@ class TrainingPlan:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
             self.dims(index)
-        peak_flops_per_second(self.cluster.device, self.workload.precision)
+        peak_flops_per_second(self.cluster.device, self.format.product)
         _check_actions(2 * num_stages * self.num_microbatches)
         _check_schedule(self.schedule, self.topology.pp, self.virtual_stages, self.num_microbatches)
         if self.schedule_csv is not None:
@@ -111,6 +146,12 @@ class TrainingPlan:
     def num_microbatches(self) -> int:
         """Microbatches of one data-parallel rank in a step."""
         return self.workload.global_batch // (self.topology.dp * self.micro_batch)
+
+    @property
+    def sharding(self) -> Sharding:
+        """Which part of parameters, gradients and optimizer state a rank keeps."""
+        ranks = self.topology.dp * self.topology.cp
+        return Sharding(topology=self.topology, zero_stage=self.zero_stage, shard=self.shard or ranks)
 
     @property
     def format(self) -> Format:
@@ -186,8 +227,12 @@ class TrainingPlan:
         """The placements whose gradients are complete after the last W or B of ``stage``."""
         own = self.stage_held(stage, Coordinate(pp=self.stage_rank(stage)))
         last = self.num_stages - 1
-        shared = self.model.tied_embeddings and self.stage_rank(0) == self.stage_rank(last)
-        if stage not in (0, last) or last == 0 or not shared or not _later(self.schedule, last, 0):
+        if (
+            stage not in (0, last)
+            or last == 0
+            or not self._shares_table
+            or not _later(self.schedule, last, 0)
+        ):
             return own
         tables = tuple(p for p in self.stage_layout[0] if p.role == "embedding")
         if stage == 0:
@@ -210,16 +255,86 @@ class TrainingPlan:
     def bodies(self, stage: int, tp_index: int = 0) -> Bodies:
         """What ``stage`` does with one microbatch, phase by phase."""
         own, local = self.stage_segments[stage], self.dims(tp_index)
-        return stage_bodies(self.model, self.topology, stage, own, local)
+        return stage_bodies(self.model, self.topology, stage, own, local, self.variant(stage, tp_index))
+
+    def variant(self, stage: int, tp_index: int = 0) -> Variant:
+        """What recomputing, offloading and sharding change in the bodies of ``stage``."""
+        if (stage, tp_index) not in self._variants:
+            self._variants[stage, tp_index] = self._variant(stage, tp_index)
+        return self._variants[stage, tp_index]
+
+    @cached_property
+    def _variants(self) -> dict[tuple[int, int], Variant]:
+        return {}
+
+    def _variant(self, stage: int, tp_index: int) -> Variant:
+        gathered = [self.gathered_bytes(stage, group, tp_index) for group in DATA_GROUPS]
+        return Variant(
+            recompute=self.recompute,
+            offload=self.offload,
+            gathered_bytes=tuple(map(sum, zip(*gathered, strict=True))),
+            bucket_bytes=self.buffer_bytes(stage, tp_index),
+        )
 
     def bucket_payload_bytes(self, stage: int, tp_index: int = 0) -> tuple[int, ...]:
         """Bytes of each bucket of ``stage``."""
         where = Coordinate(pp=self.stage_rank(stage), tp=tp_index)
-        numel = {p.name: local_numel(p, where) for p in self.held(where)}
+        numel = {p.name: self.sharding.padded_numel(p, where) for p in self.held(where)}
         return tuple(
             sum(numel[name] for name in bucket.names) * self.format.gradient
             for bucket in self.stage_buckets[stage]
         )
+
+    def bucket_sums(self, stage: int, tp_index: int = 0) -> tuple[tuple[Exchange, ...], ...]:
+        """What is done with the gradients of each bucket of ``stage``, in order."""
+        sizes = self.bucket_payload_bytes(stage, tp_index)
+        return tuple(
+            gradient_sums(self.sharding, bucket.partial, size)
+            for bucket, size in zip(self.stage_buckets[stage], sizes, strict=True)
+        )
+
+    def bucket_gathers(self, stage: int, tp_index: int = 0) -> tuple[Exchange | None, ...]:
+        """How the parameters of each bucket of ``stage`` are gathered after the update, where they are."""
+        if self.zero_stage not in (OPTIMIZER, GRADIENTS):
+            return (None,) * len(self.stage_buckets[stage])
+        return tuple(
+            Exchange(
+                kind=Kind.ALL_GATHER,
+                group=sums[0].group,
+                bytes=sums[0].bytes // self.format.gradient * self.format.compute,
+            )
+            if sums and sums[0].kind is Kind.REDUCE_SCATTER
+            else None
+            for sums in self.bucket_sums(stage, tp_index)
+        )
+
+    def buffer_bytes(self, stage: int, tp_index: int = 0) -> int:
+        """Full gradients that stand while those of ``stage`` are reduced in every microbatch (ZeRO-2, 3)."""
+        if self.zero_stage < GRADIENTS:
+            return 0
+        sums = [own[0] for own in self.bucket_sums(stage, tp_index) if own]
+        sizes = [first.bytes for first in sums if first.kind is Kind.REDUCE_SCATTER]
+        return min(2 * max(sizes, default=0), sum(sizes))
+
+    def gathered_bytes(self, stage: int, group: str, tp_index: int = 0) -> tuple[int, ...]:
+        """Of each unit of ``stage``, the parameters gathered over ``group`` (of DATA_GROUPS) under ZeRO-3."""
+        places = units(self.stage_segments[stage])
+        if self.zero_stage < PARAMETERS or self.sharding.size(group) == 1:
+            return (0,) * len(places)
+        where = Coordinate(pp=self.stage_rank(stage), tp=tp_index)
+        numel = [0] * len(self.stage_segments[stage])
+        own = [(p.segment, p) for p in self.stage_held(stage, where)]
+        if stage == self.num_stages - 1 and self._shares_table:
+            own += [(len(numel) - 1, p) for p in self.stage_layout[0] if p.role == "embedding"]
+        for segment, placement in own:
+            if data_group(placement) == group:
+                numel[segment] += self.sharding.padded_numel(placement, where)
+        return tuple(sum(numel[place] for place in unit) * self.format.compute for unit in places)
+
+    @property
+    def _shares_table(self) -> bool:
+        """Whether embedding and head use the same table on one rank."""
+        return self.model.tied_embeddings and self.stage_rank(0) == self.stage_rank(self.num_stages - 1)
 
     @cached_property
     def _programs(self) -> dict[int, Program]:
@@ -232,6 +347,12 @@ class TrainingPlan:
         return self._programs[tp_index]
 
     def _lowered(self, tp_index: int) -> Program:
+        stages = range(self.num_stages)
+        sharded = Sharded(
+            sums=[self.bucket_sums(stage, tp_index) for stage in stages],
+            gathers=[self.bucket_gathers(stage, tp_index) for stage in stages],
+            each_microbatch=self.zero_stage >= GRADIENTS,
+        )
         return lower(
             self.schedule,
             boundary_bytes=self.dims(tp_index).local_bytes,
@@ -239,7 +360,22 @@ class TrainingPlan:
             bucket_bytes=[self.bucket_payload_bytes(stage, tp_index) for stage in range(self.num_stages)],
             data_parallel=self.topology.dp * self.topology.cp > 1,
             world_size=self.topology.world_size,
+            sharded=sharded if self.zero_stage else NOTHING_SHARDED,
+            streams=tuple(self._streams(tp_index)),
         )
+
+    def _streams(self, tp_index: int) -> Iterator[Stream]:
+        """What is gathered and copied beside the computing."""
+        stages, backwards = range(self.num_stages), (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+        for group in DATA_GROUPS:
+            sizes = [sum(self.gathered_bytes(stage, group, tp_index)) for stage in stages]
+            if any(sizes):
+                beside, name = (Kind.FORWARD, *backwards), self.sharding.within(group)
+                yield Stream(kind=Kind.UNSHARD, beside=beside, stage_bytes=sizes, group=name)
+        if any(self.offload):
+            sizes = [offloaded_bytes(self.bodies(stage, tp_index)) for stage in stages]
+            yield Stream(kind=Kind.OFFLOAD, beside=(Kind.FORWARD,), stage_bytes=sizes)
+            yield Stream(kind=Kind.RELOAD, beside=backwards, stage_bytes=sizes)
 
 
 def plan(
@@ -260,6 +396,10 @@ def plan(
     sequence_parallel: bool | None = None,
     stage_layers: tuple[int, ...] | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    zero_stage: int = 0,
+    shard: int | None = None,
+    recompute: Recompute | Sequence[Recompute] = "none",
+    offload: bool | Sequence[bool] = False,
 ) -> TrainingPlan:
     """The plan that trains ``model`` on ``cluster`` as asked.
 
@@ -308,6 +448,10 @@ def plan(
         sequence_parallel=sequence_parallel,
         stage_layers=stage_layers,
         bucket_bytes=bucket_bytes,
+        zero_stage=zero_stage,
+        shard=shard,
+        recompute=modes_by_layer(recompute, model.num_layers),
+        offload=flags_by_layer(offload, model.num_layers),
         chosen=tuple(chosen),
     )
 
@@ -420,6 +564,22 @@ def _check_degrees(
     if model.rope_theta is None and work.seq_len > model.max_positions:
         raise PlanError(
             f"seq_len must be at most the model's {model.max_positions} learned positions, got {work.seq_len}"
+        )
+
+
+def _check_shard(zero_stage: int, shard: int | None, topology: Topology) -> None:
+    """Raise PlanError unless ``shard`` ranks can share a copy of what ``zero_stage`` shards."""
+    if shard is None:
+        return
+    ranks = topology.dp * topology.cp
+    if not is_size(shard) or ranks % shard:
+        fits = ", ".join(str(size) for size in range(1, ranks + 1) if ranks % size == 0)
+        raise PlanError(
+            f"shard must divide the dp * cp = {ranks} data-parallel ranks, got {shown(shard)}; try {fits}"
+        )
+    if not zero_stage:
+        raise PlanError(
+            f"shard needs a zero_stage of 1, 2 or 3, got shard={shard} with zero_stage=0; leave shard out"
         )
 
 

@@ -82,7 +82,7 @@ def predict(plan: TrainingPlan) -> Prediction:
     spans = schedule_times(plan.schedule, costs)
     memory = _memory_by_rank(plan)
     fullest = max(range(len(memory)), key=lambda rank: memory[rank].max_bytes)
-    peak = peak_flops_per_second(plan.cluster.device, plan.workload.precision) * plan.cluster.num_devices
+    peak = peak_flops_per_second(plan.cluster.device, plan.format.product) * plan.cluster.num_devices
     return Prediction(
         plan=plan,
         step_seconds=step_seconds,

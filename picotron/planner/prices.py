@@ -30,6 +30,11 @@ def plan_price(plan: TrainingPlan) -> Price:
     return lambda kind, group, ranks, payload_bytes: priced(kind, group, payload_bytes)
 
 
+def copy_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
+    """Seconds of a copy between a device and its host, in either direction."""
+    return payload_bytes / plan.cluster.device.host_bytes_per_second
+
+
 def cluster_price(cluster: ClusterSpec) -> Price:
     """Every operation over the very links that its ranks have; a kind without a known cost is free."""
 

@@ -39,11 +39,21 @@ class Kind(IntEnum):
     RECOMPUTE = 15  # forward once more, for what it saves
     OFFLOAD = 16  # copy what a forward saved to the host
     RELOAD = 17
+    REDUCE_SCATTER = 18  # sum one bucket over one group, each rank a part of it
+    ALL_GATHER = 19  # gather one bucket's updated parameters
 
 
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)  # as in PHASES
 SENDS = (Kind.SEND_F, Kind.SEND_B)
 RECEIVES = (Kind.RECV_F, Kind.RECV_B)
+COLLECTIVES: Mapping[Kind, str] = {
+    **dict.fromkeys((Kind.COUNT, Kind.REDUCE, Kind.NORM), "all_reduce"),
+    Kind.REDUCE_SCATTER: "reduce_scatter",
+    **dict.fromkeys((Kind.ALL_GATHER, Kind.UNSHARD), "all_gather"),
+}
+"""What rows over a group are, by the names of ``collectives``."""
+COPIES: Mapping[Kind, str] = {Kind.OFFLOAD: "offload", Kind.RELOAD: "reload"}
+HOST = "host"  # the other end of a copy
 STATISTICS_BYTES = 24  # squared gradient norm, loss sum, valid tokens: three fp64
 COUNT_BYTES = 8
 _LETTERS = dict(zip(COMPUTE, "FBIW", strict=True))
@@ -67,7 +77,7 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         name = _LETTERS.get(self.kind, self.kind.name)
-        if self.kind is Kind.REDUCE and self.part >= 0:
+        if self.kind in COLLECTIVES and self.part >= 0:
             return f"{self.stage}{name}{self.part}"
         return (
             name if self.stage < 0 else f"{self.stage}{name}{self.microbatch if self.microbatch >= 0 else ''}"
@@ -295,7 +305,10 @@ def matching_sends(program: Program) -> dict[tuple[int, int], tuple[int, int]]:
 
 
 def payload_bytes(program: Program, rank: int) -> dict[tuple[str, str], int]:
-    """Payload that one pipeline rank hands over outside its bodies, by (kind, group or direction)."""
+    """Payload that one pipeline rank hands over outside its bodies, by (kind, group or direction).
+
+    What is copied to the host and back has the group "host".
+    """
     totals: dict[tuple[str, str], int] = {}
     for row in rows(program, rank):
         if row.bytes and row.kind is not Kind.WAIT:
@@ -307,7 +320,9 @@ def payload_bytes(program: Program, rank: int) -> dict[tuple[str, str], int]:
 def _payload_key(program: Program, row: Row) -> tuple[str, str]:
     if row.kind in SENDS or row.kind in RECEIVES:
         return ("send" if row.kind in SENDS else "recv"), "pp"
-    return "all_reduce", program.groups[row.group]
+    if row.kind in COPIES:
+        return COPIES[row.kind], HOST
+    return COLLECTIVES[row.kind], program.groups[row.group]
 
 
 def anchored(own: Sequence[Row]) -> dict[tuple[int, int], tuple[int, ...]]:

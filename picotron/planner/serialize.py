@@ -2,7 +2,7 @@
 
 Keys are sorted and numbers written in one way, so equal plans have equal bytes. A schedule is saved as its
 name, its parameters and the digest of its CSV; on load it is made again and must have that digest. The orders
-of a custom schedule are saved with it.
+of a custom schedule are saved with it. What every decoder layer has alike is saved once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from csv import Error
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from operator import eq
+from typing import Any, get_type_hints
 
 from attrs import fields, frozen, has
 from cattrs import Converter
@@ -27,6 +28,7 @@ from picotron.planner.validators import shown
 
 FINGERPRINT_DIGITS = 12
 REMEDY = "make the plan again, or correct the file"
+BY_LAYER = ("recompute", "offload")  # of a plan: saved once where all layers have the same
 
 
 @frozen(kw_only=True)
@@ -59,6 +61,7 @@ def plan_to_json(plan: TrainingPlan) -> str:
     """The plan as canonical JSON, which ``plan_from_json`` reads back to an equal plan."""
     data = to_data(plan)
     name, csv = data.pop("schedule_name"), data.pop("schedule_csv")
+    data |= {key: _once(data[key]) for key in BY_LAYER}
     data["schedule"] = to_data(_saved_schedule(name, csv, plan.schedule))
     data["schema_version"] = SCHEMA_VERSION
     return json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n"
@@ -124,7 +127,21 @@ def _converter() -> Converter:
     converter.register_unstructure_hook(float, lambda value: float(value) + 0.0)  # -0.0 is written as 0.0
     converter.register_unstructure_hook(int, int)
     converter.register_unstructure_hook(bool, bool)
+    for name in BY_LAYER:
+        kind = get_type_hints(TrainingPlan)[name]
+        hook = partial(_one_or, converter.get_structure_hook(kind))
+        converter.register_structure_hook_func(partial(eq, kind), hook)
     return converter
+
+
+def _one_or(items: Callable[[Any, Any], Any], value: object, kind: Any) -> Any:
+    """A list, or one value for all layers, which the plan itself repeats or refuses."""
+    return items(value, kind) if isinstance(value, list | tuple) else value
+
+
+def _once(values: list[Any] | tuple[Any, ...]) -> Any:
+    """One value where all are the same."""
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
 def _saved_schedule(name: str, csv: str | None, schedule: Schedule) -> SavedSchedule:

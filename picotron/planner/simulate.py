@@ -30,17 +30,31 @@ from picotron.planner.faults import (
 )
 from picotron.planner.lanes import Lane, Stream, run_lanes
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Program, Row, rows
+from picotron.planner.prices import copy_seconds
+from picotron.planner.program import (
+    COLLECTIVES,
+    COMPUTE,
+    COPIES,
+    HOST,
+    RECEIVES,
+    SENDS,
+    Kind,
+    Program,
+    Row,
+    rows,
+)
 from picotron.planner.timeline import STREAMS, Timeline
 from picotron.planner.topology import Coordinate, rank_of
 from picotron.planner.validators import is_count
 
 MAX_STEP_SECONDS = 1e15
 _SUMS = (Kind.REDUCE, Kind.NORM, Kind.COUNT)
+_MOVES = (Kind.REDUCE_SCATTER, Kind.ALL_GATHER, Kind.UNSHARD)
 _ROW_STREAMS = {
     **dict.fromkeys(SENDS, STREAMS.index("send")),
     **dict.fromkeys(RECEIVES, STREAMS.index("receive")),
-    Kind.REDUCE: STREAMS.index("collective"),
+    **dict.fromkeys((Kind.REDUCE, *_MOVES), STREAMS.index("collective")),
+    **dict.fromkeys(COPIES, STREAMS.index("copy")),
 }
 
 
@@ -51,6 +65,8 @@ class Durations:
     stages: tuple[StageCost, ...]
     send_seconds: float
     reduce_seconds: Mapping[tuple[str, int], float]  # by (group, payload bytes)
+    move_seconds: Mapping[tuple[str, str, int], float] = field(factory=dict)
+    """Of sharded state and copies to the host, by (kind, group, payload bytes); what is left out is free."""
 
 
 def durations(plan: TrainingPlan, tp_index: int = 0) -> Durations:
@@ -62,7 +78,30 @@ def durations(plan: TrainingPlan, tp_index: int = 0) -> Durations:
             (group, size): group_seconds(plan, "all_reduce", group, size)
             for group, size in summed(plan.program(tp_index))
         },
+        move_seconds={move: _move_seconds(plan, *move) for move in moved(plan.program(tp_index))},
     )
+
+
+def _move_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int) -> float:
+    return (
+        copy_seconds(plan, payload_bytes)
+        if group == HOST
+        else group_seconds(plan, kind, group, payload_bytes)
+    )
+
+
+def moved(program: Program) -> tuple[tuple[str, str, int], ...]:
+    """The (kind, group, payload bytes) of all that moves for sharding and offloading, in sorted order."""
+    rows_ = np.flatnonzero(program.is_kind(*_MOVES, *COPIES))
+    columns = (program.kind[rows_], program.group[rows_], program.bytes[rows_])
+    found = set(zip(*(column.tolist() for column in columns), strict=True))
+    return tuple(sorted(_move(program, Kind(kind), group, size) for kind, group, size in found))
+
+
+def _move(program: Program, kind: Kind, group: int, size: int) -> tuple[str, str, int]:
+    if kind in COPIES:
+        return COPIES[kind], HOST, size
+    return COLLECTIVES[kind], program.groups[group], size
 
 
 def summed(program: Program) -> tuple[tuple[str, int], ...]:
@@ -297,15 +336,17 @@ def _own_rows(program: Program, rank: int, seconds: Durations) -> dict[str, Any]
     own = rows(program, rank)
     stages = sorted({row.stage for row in own if row.kind in COMPUTE})
 
-    def moved(row: Row) -> float:
+    def moving(row: Row) -> float:
         if row.kind in _SUMS:
             return seconds.reduce_seconds[program.groups[row.group], row.bytes]
+        if row.kind in _MOVES or row.kind in COPIES:
+            return seconds.move_seconds.get(_move(program, row.kind, row.group, row.bytes), 0.0)
         return seconds.send_seconds if row.kind in _ROW_STREAMS else 0.0
 
     return {
         "rows": own,
         "group_names": program.groups,
-        "seconds": tuple(map(moved, own)),
+        "seconds": tuple(map(moving, own)),
         "stages": {stage: seconds.stages[stage] for stage in stages},
         "update_seconds": sum(seconds.stages[stage].update_seconds for stage in stages),
     }

@@ -2,30 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+from attrs import evolve, frozen
 
 from picotron.planner import dense, sparse
-from picotron.planner.body import Bodies, Body, Dims, SegmentBody
+from picotron.planner.body import Bodies, Body, Dims, Operation, SegmentBody, Tensor
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.operations import Operations
+from picotron.planner.recompute import Recompute, saved, units, with_recomputing
 from picotron.planner.split_backward import split_backward
 from picotron.planner.topology import Topology
 
+Standing = Sequence[tuple[int, Tensor]]  # tensors, each with the place of a segment in its stage
 Builder = Callable[[Operations, ModelSpec, Topology], None]
 
 
+@frozen(kw_only=True)
+class Variant:
+    """What recomputing, offloading and sharding change in a stage's bodies.
+
+    ``recompute`` and ``offload``: by layer of the model; left out, none does. ``gathered_bytes``: of the
+    parameters of each unit (``recompute.units``), where they are gathered for each F, B and I.
+    ``bucket_bytes``: of the full gradients on their way, where each B or W reduces them.
+    """
+
+    recompute: tuple[Recompute, ...] = ()
+    offload: tuple[bool, ...] = ()
+    gathered_bytes: tuple[int, ...] = ()
+    bucket_bytes: int = 0
+
+
+PLAIN = Variant()
+LEAVE = "leave"
+
+
+def offloaded_bytes(bodies: Bodies) -> int:
+    """What one F copies to the host."""
+    steps = (step for segment in bodies.forward.segments for step in segment.operations if step.name == LEAVE)
+    return sum(tensor.bytes for step in steps for tensor in step.frees if tensor.category == "activations")
+
+
 def stage_bodies(
-    model: ModelSpec, topology: Topology, stage: int, own: tuple[Segment, ...], d: Dims
+    model: ModelSpec,
+    topology: Topology,
+    stage: int,
+    own: tuple[Segment, ...],
+    d: Dims,
+    variant: Variant = PLAIN,
 ) -> Bodies:
     """What ``stage`` does with one microbatch in its segments ``own``, in every phase."""
+    forward = forward_body(model, topology, stage, own, d)
     backward = backward_body(model, topology, stage, own, d)
+    if set(variant.recompute) - {"none"}:
+        forward, backward = with_recomputing(own, variant.recompute, forward, backward)
     backward_input, backward_weight = split_backward(backward)
-    return Bodies(
-        forward=forward_body(model, topology, stage, own, d),
+    bodies = Bodies(
+        forward=forward,
         backward=backward,
         backward_input=backward_input,
         backward_weight=backward_weight,
     )
+    if any(variant.offload):
+        bodies = _offloading(bodies, own, variant.offload, d)
+    if any(variant.gathered_bytes):
+        bodies = _gathering(bodies, own, variant.gathered_bytes)
+    if variant.bucket_bytes:
+        bodies = _filling_buckets(bodies, variant.bucket_bytes)
+    return bodies
+
+
+def _offloading(bodies: Bodies, own: tuple[Segment, ...], offload: tuple[bool, ...], d: Dims) -> Bodies:
+    """What an offloaded layer saves leaves at the end of the next unit, and is back at its beginning."""
+    places = units(own)
+    leaves, returns = [list[tuple[int, Tensor]]() for _ in range(2)]
+    for unit, following in zip_longest(places, places[1:]):
+        layer = own[unit[0]].layer
+        if layer is not None and offload[layer]:
+            beside = following or unit
+            tensors = saved(unit, bodies.forward, Tensor(f"{unit[0]}.x", d.local_bytes))
+            leaves += [(beside[-1], tensor) for tensor in tensors]
+            returns += [(beside[-1], tensor) for tensor in tensors]
+    return evolve(
+        bodies,
+        forward=_with_standing(bodies.forward, [], leaves),
+        backward=_with_standing(bodies.backward, returns, []),
+        backward_input=_with_standing(bodies.backward_input, returns, []),
+    )
+
+
+def _gathering(bodies: Bodies, own: tuple[Segment, ...], sizes: tuple[int, ...]) -> Bodies:
+    """Each unit's parameters come while the unit before it computes, and go when its own work is done."""
+    places = units(own)
+    tensors = [
+        Tensor(f"{unit[0]}.parameters", size, "parameters") for unit, size in zip(places, sizes, strict=True)
+    ]
+    ahead = [0, *range(len(places) - 1)]  # the unit that computes while the one at an index is gathered
+    behind = [*range(1, len(places)), len(places) - 1]
+    comes = [(places[ahead[index]][0], tensor) for index, tensor in enumerate(tensors)]
+    goes = [(places[index][-1], tensor) for index, tensor in enumerate(tensors)]
+    comes_back = [(places[behind[index]][-1], tensor) for index, tensor in enumerate(tensors)]
+    goes_back = [(places[index][0], tensor) for index, tensor in enumerate(tensors)]
+    return evolve(
+        bodies,
+        forward=_with_standing(bodies.forward, comes, goes),
+        backward=_with_standing(bodies.backward, comes_back, goes_back),
+        backward_input=_with_standing(bodies.backward_input, comes_back, goes_back),
+    )
+
+
+def _filling_buckets(bodies: Bodies, size: int) -> Bodies:
+    """Full gradients stand from the beginning of a B or W; what waits for their reduction frees them."""
+    last = len(bodies.forward.segments) - 1
+    buffers = [(last, Tensor("buckets", size, "gradients"))]
+    return evolve(
+        bodies,
+        backward=_with_standing(bodies.backward, buffers, []),
+        backward_weight=_with_standing(bodies.backward_weight, buffers, []),
+    )
+
+
+def _with_standing(body: Body, comes: Standing, goes: Standing) -> Body:
+    """The body with tensors made at the beginning of segments, and freed at the end of segments, by place."""
+    last = len(body.segments) - 1
+    segments = list(body.segments)
+    for index, segment in enumerate(segments):
+        place = index if body.phase == "F" else last - index
+        made = tuple(tensor for at, tensor in comes if at == place)
+        freed = tuple(tensor for at, tensor in goes if at == place)
+        arrive = [Operation(name="arrive", kind="kernel", kernels=0, creates=made)] if made else []
+        leave = [Operation(name=LEAVE, kind="kernel", kernels=0, frees=freed)] if freed else []
+        steps = (*arrive, *segment.operations, *leave)
+        segments[index] = SegmentBody(name=segment.name, operations=steps)
+    return evolve(body, segments=tuple(segments))
 
 
 def forward_body(model: ModelSpec, topology: Topology, stage: int, own: tuple[Segment, ...], d: Dims) -> Body:

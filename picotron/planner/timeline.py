@@ -14,7 +14,7 @@ from picotron.planner.pipeline import Schedule
 from picotron.planner.program import Row
 from picotron.planner.schedule_times import PipelineCosts, idle_seconds, schedule_times
 
-STREAMS = ("compute", "send", "receive", "collective")
+STREAMS = ("compute", "send", "receive", "collective", "copy")
 
 _array: Any = field(eq=cmp_using(eq=np.array_equal), repr=False)
 

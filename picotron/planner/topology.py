@@ -10,6 +10,7 @@ MoE Parallel Folding, arXiv:2504.14960.
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 from attrs import Attribute, field, frozen
@@ -28,6 +29,7 @@ GROUP_AXES: dict[str, tuple[str, ...]] = {
     "tp_pp": ("pp", "tp"),
     "world": AXES,
 }
+_CUT_NAME = re.compile(r"(tp(?=:)|dp_cp|edp)([:/])([1-9][0-9]{0,17})", re.ASCII)
 EXPERT_AXES = ("edp", "ep", "etp")  # how a stage's ranks are cut for expert layers, slowest first
 
 
@@ -117,9 +119,11 @@ def groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
     """All ranks that form communicators of one kind, as tuples of ascending ranks.
 
     ``axis`` is one of ``GROUP_AXES`` (each rank is in exactly one group), one of ``EXPERT_AXES``,
-    ``"embedding"`` (first and last rank of each pipeline: the two ends that tie their embeddings) or
+    ``"embedding"`` (first and last rank of each pipeline: the two ends that tie their embeddings),
     ``"tp:k"`` (each tensor-parallel group cut into runs of k neighbours: the ranks that share a
-    key/value head). Raises PlanError for any other name.
+    key/value head), or the like of data parallelism: ``"dp_cp:k"`` and ``"edp:k"`` are runs of k ranks that
+    share one sharded copy, ``"dp_cp/k"`` and ``"edp/k"`` the ranks of equal place in those runs, which hold
+    copies of the same shard. Raises PlanError for any other name.
     """
     if axis in GROUP_AXES:
         return _grouped(np.arange(topology.world_size), degrees(topology), topology.order, GROUP_AXES[axis])
@@ -127,21 +131,25 @@ def groups(topology: Topology, axis: str) -> tuple[tuple[int, ...], ...]:
         return _expert_groups(topology, axis)
     if axis == "embedding":
         return tuple(tuple(dict.fromkeys((pipe[0], pipe[-1]))) for pipe in groups(topology, "pp"))
-    if (
-        axis.startswith("tp:")
-        and axis[3:].isdecimal()
-        and axis.isascii()
-        and int(axis[3:]) > 0
-        and topology.tp % int(axis[3:]) == 0
-    ):
-        size = int(axis[3:])
-        return tuple(
-            run[first : first + size]
-            for run in groups(topology, "tp")
-            for first in range(0, topology.tp, size)
-        )
+    cut = _cut_groups(topology, axis)
+    if cut is not None:
+        return cut
     known = (*GROUP_AXES, *EXPERT_AXES, "embedding", "tp:k (k dividing tp)")
     raise PlanError(f"axis must be one of {', '.join(known)}, got {axis!r}")
+
+
+def _cut_groups(topology: Topology, name: str) -> tuple[tuple[int, ...], ...] | None:
+    """The groups of one axis cut into runs (":k"), or what crosses the runs ("/k"); None for another name."""
+    found = _CUT_NAME.fullmatch(name)
+    if found is None:
+        return None
+    whole, size = groups(topology, found[1]), int(found[3])
+    if len(whole[0]) % size:
+        return None
+    runs = [[group[first : first + size] for first in range(0, len(group), size)] for group in whole]
+    if found[2] == ":":
+        return tuple(run for own in runs for run in own)
+    return tuple(across for own in runs for across in zip(*own, strict=True))
 
 
 def group_of(topology: Topology, axis: str, rank: int) -> tuple[int, ...]:

@@ -20,11 +20,16 @@ import numpy as np
 from picotron.errors import PlanError
 from picotron.planner.actions import Orders, Phase, make_orders, parse_cell
 from picotron.planner.meetings import meetings
-from picotron.planner.program import COMPUTE, RECEIVES, Kind, Program, last_backwards, rows
+from picotron.planner.program import COLLECTIVES, COMPUTE, RECEIVES, Kind, Program, last_backwards, rows
 
 _MESSAGE = re.compile(r"(\d{1,10})(SEND_F|RECV_F|SEND_B|RECV_B)(\d{1,10})")
 _OF_STAGE = re.compile(r"(\d{1,10})(UNSHARD|RESHARD|REDUCE_GRAD)")
-_LEFT_OUT = (*RECEIVES, Kind.WAIT, Kind.COUNT, Kind.REDUCE, Kind.NORM, Kind.UPDATE)
+_LEFT_OUT = (
+    *RECEIVES,
+    *(kind for kind in COLLECTIVES if kind is not Kind.UNSHARD),
+    Kind.WAIT,
+    Kind.UPDATE,
+)
 
 
 def program_to_csv(program: Program) -> str:

@@ -8,24 +8,33 @@ from attrs import field, frozen
 
 from picotron.planner.validators import between, is_between, must_be, one_of, whole
 
-Precision = Literal["bf16", "fp32", "fp64"]
+Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8", "mxfp8", "nvfp4"]
 OptimizerName = Literal["adamw", "sgd"]
 
 
 @frozen(kw_only=True)
 class Format:
-    """Bytes per element under one precision; ``main`` is 0 where the parameters are their own main copy."""
+    """Bytes per element under one precision; ``main`` is 0 where the parameters are their own main copy.
+
+    ``product`` is the format in which the operands of the layers' linear products are multiplied.
+    """
 
     compute: int
     gradient: int
     main: int
     moment: int
+    product: str
 
 
+_MIXED = {"compute": 2, "gradient": 4, "main": 4, "moment": 4}
 FORMATS: dict[str, Format] = {
-    "bf16": Format(compute=2, gradient=4, main=4, moment=4),
-    "fp32": Format(compute=4, gradient=4, main=0, moment=4),
-    "fp64": Format(compute=8, gradient=8, main=0, moment=8),
+    "bf16": Format(**_MIXED, product="bf16"),
+    "fp16": Format(**_MIXED, product="fp16"),
+    "fp32": Format(compute=4, gradient=4, main=0, moment=4, product="fp32"),
+    "fp64": Format(compute=8, gradient=8, main=0, moment=8, product="fp64"),
+    "fp8": Format(**_MIXED, product="fp8"),
+    "mxfp8": Format(**_MIXED, product="fp8"),
+    "nvfp4": Format(**_MIXED, product="fp4"),
 }
 MOMENTS: dict[str, int] = {"adamw": 2, "sgd": 0}
 
@@ -37,7 +46,8 @@ _DECAY = must_be("a number in [0.0, 1.0)", lambda value: is_between(value, 0, 1)
 class Workload:
     """What is trained, and how: a step takes ``global_batch`` sequences of ``seq_len`` tokens.
 
-    ``precision`` bf16 keeps fp32 main weights and fp32 gradients. The learning rate rises linearly over
+    ``precision`` bf16 keeps fp32 main weights and fp32 gradients; so do the lower ones, in which only the
+    operands of the layers' linear products are narrower. The learning rate rises linearly over
     ``warmup_steps`` and falls along a cosine to ``min_learning_rate_ratio`` of itself at ``decay_steps``
     (0: it stays). ``weight_decay`` applies to matrices only, embeddings among them: biases and norms do
     not decay. ``max_grad_norm`` 0 turns clipping off.

@@ -7,6 +7,7 @@ from statistics import median
 from attrs import frozen
 
 from picotron.errors import PlanError
+from picotron.planner.host_seconds import cpu_seconds_by_rank
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.predict import Prediction
 from picotron.planner.program import execution_order, rows
@@ -172,7 +173,7 @@ _CLOCKS = {
 
 def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
     predicted_cpu, measured_cpu = (
-        sum(prediction.compute_seconds_by_rank),
+        sum(cpu_seconds_by_rank(measurement.plan)),
         sum(measurement.cpu_seconds_by_rank),
     )
     undisturbed = [s for i, s in enumerate(measurement.seconds) if i not in (0, measurement.measured_step)]

@@ -23,6 +23,7 @@ from picotron.planner.cluster import (
     peak_flops_per_second,
     preset_names,
 )
+from picotron.planner.measured import CallCost, KernelCost, MeasuredCosts, ProductCost
 
 TWO_NODES = ClusterSpec.preset("h100", nodes=2)
 
@@ -278,3 +279,35 @@ def test_clusters_are_keys() -> None:
     assert len({TWO_NODES, ClusterSpec.parse("h100:2x8"), ClusterSpec.parse("h100")}) == 2
     assert isinstance(TWO_NODES.device, DeviceSpec)
     assert isinstance(TWO_NODES.efficiency, Efficiency)
+
+
+def test_a_file_from_before_costs_were_measured_still_loads() -> None:
+    """Without the fields that came later, the fractions price as they did."""
+    data = json.loads(cluster_to_json(TWO_NODES))
+    for name in ("measured", "compute_scale", "communication_scale", "step_seconds"):
+        del data["efficiency"][name]
+    assert cluster_from_json(json.dumps(data)) == TWO_NODES
+
+
+def test_measured_costs_are_saved_with_their_cluster() -> None:
+    """Text and back is the same value; a bad number is named by its path."""
+    plain = ProductCost(flops_per_second=1e11, half_m=3)
+    measured = MeasuredCosts(
+        precision="fp32",
+        output=plain,
+        input=plain,
+        weight=plain,
+        attention=plain,
+        attention_backward=plain,
+        kernel=KernelCost(cached_bytes_per_second=4e10, memory_bytes_per_second=1e10, cache_bytes=2**19),
+        communication=[CallCost(kind="send", call_seconds=1e-4, byte_seconds=1e-9)],
+    )
+    efficiency = evolve(TWO_NODES.efficiency, measured=measured, compute_scale=1.5, step_seconds=0.25)
+    cluster = evolve(TWO_NODES, efficiency=efficiency)
+    assert cluster_from_json(cluster_to_json(cluster)) == cluster
+    data = json.loads(cluster_to_json(cluster))
+    data["efficiency"]["measured"]["output"]["flops_per_second"] = 0
+    with pytest.raises(
+        PlanError, match=r"\$\.efficiency\.measured\.output\.flops_per_second: .* must be a positive"
+    ):
+        cluster_from_json(json.dumps(data))

@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 
 from picotron.errors import PlanError
-from picotron.planner.body import COLLECTIVES, Operation
+from picotron.planner.body import COLLECTIVES, Operation, Tensor
 from picotron.planner.cluster import ClusterSpec, DeviceSpec, Efficiency, LinkSpec, Peaks
 from picotron.planner.cost import (
     CollectiveCost,
@@ -17,11 +17,13 @@ from picotron.planner.cost import (
     compute_seconds,
     group_seconds,
     of_kind,
+    product_role,
     send_seconds,
     stage_cost,
     stage_costs,
     update_seconds,
 )
+from picotron.planner.measured import KernelCost, MeasuredCosts, ProductCost
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.program import COMPUTE, Kind
@@ -279,3 +281,99 @@ def test_transfers_run_between_the_ranks_that_hold_neighbouring_stages() -> None
     assert send_seconds(loop, 16) == send_seconds(chain, 16) == pytest.approx(3 + 16)
     near = _plan(_cluster(per_node=2), TINY | {"num_hidden_layers": 4}, pp=2, schedule="zb-v")
     assert send_seconds(near, 16) == pytest.approx(1 + 4)
+
+
+def _measured_cluster(per_node: int = 1, **changed: Any) -> ClusterSpec:
+    """Measured costs of round numbers: each kind of work has a rate of its own."""
+    measured = MeasuredCosts(
+        precision="fp32",
+        output=ProductCost(flops_per_second=2, half_m=3),
+        input=ProductCost(flops_per_second=4, half_n=3),
+        weight=ProductCost(flops_per_second=8, half_k=3),
+        attention=ProductCost(flops_per_second=16, fixed_seconds=5),
+        attention_backward=ProductCost(flops_per_second=32, fixed_seconds=7),
+        kernel=KernelCost(cached_bytes_per_second=10, memory_bytes_per_second=5, cache_bytes=20),
+        segment_seconds=0.25,
+        update_element_seconds=2,
+        update_tensor_seconds=3,
+    )
+    cluster = _cluster(per_node=per_node)
+    return evolve(cluster, efficiency=evolve(cluster.efficiency, measured=measured, **changed))
+
+
+@pytest.mark.parametrize(
+    ("operation", "seconds"),
+    [
+        (Operation(name="q_proj", kind="matmul", flops=48, moved_bytes=9, shape=(3, 1, 1, 1)), 48 / 2 * 2),
+        (Operation(name="q_proj input", kind="matmul", flops=48, shape=(1, 3, 1, 1)), 48 / 4 * 2),
+        (
+            Operation(
+                name="q_proj weight", kind="matmul", flops=48, shape=(1, 1, 3, 1), reads=(Tensor("x", 4),)
+            ),
+            48 / 8 * 2,
+        ),
+        (Operation(name="attention", kind="attention", flops=48), 48 / 16 + 5),
+        (Operation(name="attention backward", kind="attention", flops=64), 64 / 32 + 7),
+        (Operation(name="k", kind="kernel", moved_bytes=30), 2 + 2),
+    ],
+)
+def test_a_measured_machine_prices_by_kind_and_shape(operation: Operation, seconds: float) -> None:
+    """Each by its own rate at its shape, and the kernel's fixed second; the scale of computing multiplies."""
+    made = _plan(_measured_cluster())
+    assert compute_seconds(made, operation) == pytest.approx(seconds + 1)
+    slower = _plan(_measured_cluster(compute_scale=3))
+    assert compute_seconds(slower, operation) == pytest.approx(3 * (seconds + 1))
+
+
+def test_a_measured_segment_and_update() -> None:
+    """A segment has its own quarter second beside its operations; 356 elements in 21 tensors are updated."""
+    made = _plan(_measured_cluster())
+    segment, cost = made.bodies(0).forward.segments[1], stage_cost(made, 0).forward[1]
+    assert cost.compute_seconds == pytest.approx(
+        0.25 + sum(compute_seconds(made, operation) for operation in segment.operations)
+    )
+    assert update_seconds(made, 0) == pytest.approx(2 * 356 + 3 * 21)
+
+
+def test_scales_multiply_what_they_name() -> None:
+    """Computing twice as slow, communication three times, whether measured or by the roofline."""
+    for cluster in (_cluster(per_node=2), _measured_cluster(2)):
+        plain = _plan(cluster, tp=2)
+        scaled = evolve(cluster.efficiency, compute_scale=2, communication_scale=3)
+        slow = _plan(evolve(cluster, efficiency=scaled), tp=2)
+        before, after = stage_cost(plain, 0), stage_cost(slow, 0)
+        assert [s.compute_seconds for s in after.backward] == pytest.approx(
+            [2 * s.compute_seconds for s in before.backward]
+        )
+        assert [s.communication_seconds for s in after.backward] == pytest.approx(
+            [3 * s.communication_seconds for s in before.backward]
+        )
+        assert after.update_seconds == pytest.approx(2 * before.update_seconds)
+        pair = _plan(evolve(cluster, efficiency=scaled), pp=2)
+        assert send_seconds(pair, 16) == pytest.approx(3 * send_seconds(_plan(cluster, pp=2), 16))
+
+
+def test_what_is_spent_once_a_step_is_shared_by_a_ranks_stages() -> None:
+    """Of two ranks with two stages each, all stages add half of it to their update."""
+    cluster = _cluster(per_node=2)
+    more = evolve(cluster, efficiency=evolve(cluster.efficiency, step_seconds=10))
+    four = TINY | {"num_hidden_layers": 4}
+    asked: dict[str, Any] = {"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}
+    before, after = _plan(cluster, four, **asked), _plan(more, four, **asked)
+    for stage in range(4):
+        assert update_seconds(after, stage) == pytest.approx(update_seconds(before, stage) + 5)
+
+
+@pytest.mark.parametrize("config", [TINY, GPT2, MIXTRAL], ids=["llama", "gpt2", "mixtral"])
+def test_every_product_has_its_role_and_its_shape(config: dict[str, Any]) -> None:
+    """Forward makes outputs, backward gradients of inputs and weights; the shape accounts for the FLOPs."""
+    made = _plan(_cluster(), config)
+    for kind in (Kind.FORWARD, Kind.BACKWARD):
+        roles = set()
+        for segment in of_kind(made.bodies(0), kind).segments:
+            for operation in segment.operations:
+                if operation.kind == "matmul" and operation.name != "router":
+                    m, n, k, batch = operation.shape
+                    assert operation.flops == 2 * m * n * k * batch
+                    roles.add(product_role(operation))
+        assert roles == ({"output"} if kind is Kind.FORWARD else {"input", "weight"})

@@ -365,7 +365,10 @@ def test_a_device_must_have_the_precision() -> None:
     [
         ({"global_batch": 0}, "global_batch must be a whole number of at least 1, got 0"),
         ({"seq_len": 2.0}, "seq_len must be a whole number of at least 1, got 2.0"),
-        ({"precision": "fp8"}, "precision must be one of bf16, fp32, fp64, got 'fp8'"),
+        (
+            {"precision": "fp7"},
+            "precision must be one of bf16, fp16, fp32, fp64, fp8, mxfp8, nvfp4, got 'fp7'",
+        ),
         ({"optimizer": "lion"}, "optimizer must be one of adamw, sgd, got 'lion'"),
         ({"beta2": -1.0}, "beta2 must be a number in [0.0, 1.0), got -1.0"),
         ({"beta1": float("nan")}, "beta1 must be a number in [0.0, 1.0), got nan"),

@@ -67,6 +67,21 @@ def test_a_plan_of_every_kind_of_model_is_read_back_equal(preset):
     assert isinstance(again.topology.order, tuple)
 
 
+def test_what_every_layer_has_alike_is_saved_once():
+    """One value for all layers, or one for each; a file that says nothing means none."""
+    alike, unlike = (
+        small_plan(recompute="full", offload=True),
+        small_plan(recompute=("full",) + ("none",) * 5),
+    )
+    data = json.loads(plan_to_json(alike))
+    assert (data["recompute"], data["offload"], data["zero_stage"], data["shard"]) == ("full", True, 0, None)
+    assert json.loads(plan_to_json(unlike))["recompute"] == ["full"] + ["none"] * 5
+    assert [plan_from_json(plan_to_json(made)) for made in (alike, unlike)] == [alike, unlike]
+    for name in ("recompute", "offload", "zero_stage", "shard"):
+        del data[name]
+    assert plan_from_json(json.dumps(data)) == small_plan()
+
+
 def test_keys_are_sorted_and_the_version_is_written():
     """The text is canonical: reading and writing it with sorted keys changes nothing."""
     text = plan_to_json(small_plan())
@@ -170,7 +185,14 @@ def test_the_fingerprint_is_the_start_of_the_sha256_of_the_json():
         ),
         ("workload.global_batch", "4", "$.workload.global_batch: must be an integer, got '4'"),
         ("workload.global_batch", True, "$.workload.global_batch: must be an integer, got True"),
-        ("workload.precision", "fp8", "$.workload.precision: must be one of bf16, fp32, fp64, got 'fp8'"),
+        ("workload.precision", "fp7", "$.workload.precision: must be one of bf16, fp16, fp32, fp64, fp8, "),
+        ("zero_stage", 9, "$.zero_stage: zero_stage must be at most 3, got 9"),
+        ("shard", 1, "$.shard: shard needs a zero_stage of 1, 2 or 3, got shard=1 with zero_stage=0"),
+        ("recompute", "half", "$.recompute: recompute must be one of none, selective, full, or one of them"),
+        ("recompute", ["half"], "$.recompute[0]: must be one of none, selective, full, got 'half'"),
+        ("recompute", None, "$.recompute: recompute must be one of none, selective, full, or one of them"),
+        ("offload", ["yes"], "$.offload[0]: must be true or false, got 'yes'"),
+        ("offload", [True], "$.offload: offload must be True or False, or one of them for each of the "),
         ("workload.sed", 1, "$.workload.sed: no such field; did you mean seed?"),
         ("workload.beta1", 2, "$.workload.beta1: beta1 must be a number in [0.0, 1.0), got 2.0"),
         ("workload.beta1", 10**400, "$.workload.beta1: must be a number that a float can hold"),

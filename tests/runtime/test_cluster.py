@@ -9,6 +9,8 @@ import torch
 
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec, cluster_from_json, cluster_to_json, peak_flops_per_second
+from picotron.planner.host_seconds import cpu_seconds_by_rank
+from picotron.runtime.calibrated_steps import TRAININGS, training_plan
 from picotron.runtime.cluster import PRESET_BY_DEVICE_NAME, accelerator_cluster, calibrate, detect
 
 
@@ -65,21 +67,30 @@ def test_detect_refuses_what_is_no_machine(num_ranks: int, kind: str | None) -> 
 
 
 def test_calibration_describes_this_cpu() -> None:
-    """What is measured is a valid cluster with a peak of the format asked for, and says when and how."""
+    """What is measured is a valid cluster with costs in the format asked for, and says when and how.
+
+    It can price a plan, whose calls cost something too.
+    """
     told: list[str] = []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
-    cluster = calibrate(precision="fp32", seconds=0.05, num_ranks=2, progress=told.append)
+    cluster = calibrate(precision="fp32", seconds=0.01, num_ranks=2, progress=told.append)
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
     assert (cluster.name, cluster.num_devices, cluster.device.kind) == ("this-cpu", 2, "cpu")
     assert cluster.device.memory_bytes == detect(2, kind="cpu").device.memory_bytes
     assert 1e8 < peak_flops_per_second(cluster.device, "fp32") < 1e13
     assert 1e8 < cluster.device.memory_bytes_per_second < 1e13
-    assert 1e-9 < cluster.efficiency.kernel_seconds < 1e-3
+    assert 0 <= cluster.efficiency.kernel_seconds < 1e-3
     assert cluster.device.source.startswith("measured 20")
-    assert len(told) == 15
     assert cluster_from_json(cluster_to_json(cluster)) == cluster
     with pytest.raises(PlanError, match="has no bf16"):
         peak_flops_per_second(cluster.device, "bf16")
+    assert {name.split()[0] for name in told} == {
+        "matmul", "attention", "scale", "add", "activation", "step", "copy", "calls", "hand-overs",
+    }  # fmt: skip
+    assert len(told) == len(set(told))
+    pair = training_plan(TRAININGS[2], "fp32", cluster, tp=2)
+    alone = training_plan(TRAININGS[2], "fp32", cluster)
+    assert 0 < sum(cpu_seconds_by_rank(alone)) < sum(cpu_seconds_by_rank(pair)) < 10
 
 
 def test_the_threads_come_back_after_a_failure() -> None:
@@ -106,6 +117,8 @@ def test_calibration_refuses_what_it_cannot_measure(precision: str, seconds: flo
     """A CPU multiplies no fp8, and nothing is measured in no time or for no rank."""
     with pytest.raises(PlanError):
         calibrate(precision=precision, seconds=seconds, num_ranks=num_ranks)
+    with pytest.raises(PlanError, match="backend must be one of"):
+        calibrate(backend="nccl")
 
 
 @pytest.mark.gpu

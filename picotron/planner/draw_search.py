@@ -1,0 +1,105 @@
+"""A search's result as text and HTML: the fastest plans, the Pareto front as a small chart, the counts."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from picotron.planner.candidates import Plans, in_words
+from picotron.planner.chart import human_seconds
+from picotron.planner.cluster import peak_flops_per_second
+from picotron.planner.flops import backward_flops, forward_flops
+from picotron.planner.search_result import SearchResult
+from picotron.planner.workload import FORMATS
+
+GIB = 2**30
+CHART_ROWS, CHART_COLUMNS = 8, 60
+SHOWN_ROWS = 10
+HEADS = ("", "step", "tokens/s/device", "MFU", "GiB", "layout")
+
+
+def draw_search(result: SearchResult, count: int = SHOWN_ROWS) -> str:
+    """The ``count`` fastest plans, the front, and how the space was covered."""
+    space, best = result.space, result.fastest.seconds[0]
+    ties = len(result.ties)
+    work, cluster = space.work, space.cluster.name
+    tied = f"{ties} of the {len(result)} kept are within {result.interval:.1%} of the best: a tie"
+    lines = [
+        f"{space.model.name} on {cluster}, {work.global_batch} x {work.seq_len} tokens: "
+        f"{human_seconds(float(best))} a step at best",
+        table(result, result.fastest[:count]),
+        tied.replace("%", " %"),
+        "",
+        chart(result),
+        "",
+        str(result.counts),
+    ]
+    return "\n".join(lines)
+
+
+def table(result: SearchResult, plans: Plans) -> str:
+    """Plans, a line each, with aligned columns."""
+    rows = [HEADS, *_cells(result, plans)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS) - 1)]
+    return "\n".join(
+        "  ".join([*(text.rjust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    )
+
+
+def _cells(result: SearchResult, plans: Plans) -> list[tuple[str, ...]]:
+    space = result.space
+    tokens = space.work.global_batch * space.work.seq_len
+    flops = sum(
+        count(space.model, batch=space.work.global_batch, seq_len=space.work.seq_len)
+        for count in (forward_flops, backward_flops)
+    )
+    peak = peak_flops_per_second(space.cluster.device, FORMATS[space.work.precision].product)
+    devices = space.known.devices
+    return [
+        (
+            str(index + 1),
+            human_seconds(float(seconds)),
+            f"{tokens / seconds / devices:,.0f}",
+            f"{flops / seconds / peak / devices:.1%}".replace("%", " %"),
+            f"{held / GIB:.1f}",
+            in_words(plans.row(index)),
+        )
+        for index, (seconds, held) in enumerate(zip(plans.seconds, plans.bytes, strict=True))
+    ]
+
+
+def chart(result: SearchResult) -> str:
+    """The front: time from left to right, memory from below, one mark a plan."""
+    front = result.pareto
+    seconds, size = front.seconds, front.bytes / GIB
+    width, height = max(float(np.ptp(seconds)), 1e-12), max(float(np.ptp(size)), 1e-12)
+    grid = [[" "] * CHART_COLUMNS for _ in range(CHART_ROWS)]
+    for time, held in zip(seconds, size, strict=True):
+        column = round((time - seconds.min()) / width * (CHART_COLUMNS - 1))
+        row = round((size.max() - held) / height * (CHART_ROWS - 1))
+        grid[row][column] = "o"
+    labels = [f"{size.max():.1f}", *[""] * (CHART_ROWS - 2), f"{size.min():.1f}"]
+    margin = max(map(len, labels))
+    lines = [
+        f"{label.rjust(margin)} |{''.join(row)}".rstrip() for label, row in zip(labels, grid, strict=True)
+    ]
+    first, last = human_seconds(float(seconds.min())), human_seconds(float(seconds.max()))
+    axis = f"{' ' * margin} +{'-' * CHART_COLUMNS}"
+    scale = f"{' ' * margin}  {first}{last.rjust(CHART_COLUMNS - len(first))}"
+    title = f"Pareto front of {len(front)} plans: GiB of the fullest device against seconds of a step"
+    return "\n".join([title, *lines, axis, scale])
+
+
+def search_html(result: SearchResult) -> str:
+    """The fastest plans as a table, the chart and the counts beneath."""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>"
+        for row in _cells(result, result.fastest[:SHOWN_ROWS])
+    )
+    return (
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        f"<pre>{escape(chart(result))}</pre><p>{escape(str(result.counts))}</p>"
+    )

@@ -1,0 +1,121 @@
+"""Seconds of collectives for whole columns: by algorithm, size and the levels of the network they cross.
+
+Hockney's model: steps times latency plus bytes over bandwidth. A group has ``size`` ranks of which ``inside``
+share each node; a ring over it leaves every node by as many adapters as it has ranks there, so that its rate
+is ``inside`` times one adapter's but no more than the node's own links (as ``cluster.group_link``). Sources:
+Thakur, Rabenseifner and Gropp 2005; Patarasuk and Yuan 2009; for trees Sanders, Speck and Traeff 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from attrs import frozen
+
+from picotron.planner.cases import ORDERS, Cases, Column
+from picotron.planner.constants import Constants
+
+
+@frozen(kw_only=True, eq=False)
+class Group:
+    """A communicator: how many ranks, and how many of them share a node."""
+
+    size: Column
+    inside: Column
+
+
+@frozen(kw_only=True, eq=False)
+class Links:
+    """Rates and latencies that collectives reach at both levels."""
+
+    intra: Column
+    inter: Column
+    intra_seconds: Column
+    inter_seconds: Column
+    start_seconds: Column
+
+
+def links(cases: Cases, constants: Constants) -> Links:
+    """What every case's machine reaches."""
+    machine = cases.machine
+    return Links(
+        intra=machine.intra_bytes_per_second * constants["intra_share"],
+        inter=machine.inter_bytes_per_second * constants.by("inter_share", machine.architecture),
+        intra_seconds=machine.intra_seconds,
+        inter_seconds=machine.inter_seconds,
+        start_seconds=constants["collective_seconds"],
+    )
+
+
+def strides(cases: Cases) -> Mapping[str, Column]:
+    """Distance in ranks between neighbours along each axis, under the layout's order of axes."""
+    layout = cases.layout
+    order = layout.order.astype(np.intp)
+    found: dict[str, Column] = {}
+    for axis in ("pp", "dp", "cp", "tp"):
+        choices = [_stride(cases, axes, axis) for axes in ORDERS]
+        found[axis] = np.choose(order, choices) if np.any(order) else choices[0]
+    return found
+
+
+def _stride(cases: Cases, axes: tuple[str, ...], axis: str) -> Column:
+    product: Column = np.ones(())
+    for later in axes[axes.index(axis) + 1 :]:
+        product = product * getattr(cases.layout, later)
+    return product
+
+
+def group(cases: Cases, size: Column, stride: Column) -> Group:
+    """The group of ``size`` ranks, ``stride`` apart."""
+    return Group(size=size, inside=np.clip(cases.machine.devices_per_node // stride, 1.0, size))
+
+
+def joined(outer: Group, inner: Group) -> Group:
+    """The group over two axes together."""
+    return Group(size=outer.size * inner.size, inside=outer.inside * inner.inside)
+
+
+def ring_seconds(link: Links, payload_bytes: Column, where: Group, rounds: float = 1.0) -> Column:
+    """A ring all-gather or reduce-scatter of ``payload_bytes``, the whole tensor; 2 rounds all-reduce."""
+    crosses = where.size > where.inside
+    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    nodes = where.size / where.inside
+    hops = np.where(crosses, nodes * link.inter_seconds, 0.0) + (where.size - nodes) * link.intra_seconds
+    bytes_sent = payload_bytes * (where.size - 1.0) / where.size
+    seconds = rounds * (bytes_sent / rate + hops) + link.start_seconds
+    return np.where((where.size > 1) & (payload_bytes > 0), seconds, 0.0)
+
+
+def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Column:
+    """The quicker of a ring (2 (p-1)/p n bytes) and a double tree (2 n bytes, latency by the logarithm)."""
+    ring = ring_seconds(link, payload_bytes, where, rounds=2.0)
+    nodes = where.size / where.inside
+    crosses = where.size > where.inside
+    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    depth = np.log2(np.maximum(nodes, 1.0)) * link.inter_seconds + (where.inside - 1.0) * link.intra_seconds
+    tree = 2.0 * (payload_bytes / rate + depth) + link.start_seconds
+    return np.where((where.size > 1) & (payload_bytes > 0), np.minimum(ring, tree), 0.0)
+
+
+def all_to_all_seconds(
+    link: Links, payload_bytes: Column, where: Group, copies: Column | float = 1.0
+) -> Column:
+    """Every rank sends an equal part of its ``payload_bytes`` to each: those out of the node by its adapter.
+
+    ``copies`` is the share of the bytes for other nodes that really cross the network.
+    """
+    leaving = (1.0 - where.inside / where.size) * copies
+    staying = (where.inside - 1.0) / where.size
+    slower = np.maximum(payload_bytes * leaving / link.inter, payload_bytes * staying / link.intra)
+    hop = np.where(leaving > 0, link.inter_seconds, link.intra_seconds)
+    seconds = slower + hop + link.start_seconds
+    return np.where((where.size > 1) & (payload_bytes > 0), seconds, 0.0)
+
+
+def send_seconds(link: Links, payload_bytes: Column, leaves: Column) -> Column:
+    """One message to a neighbour, which ``leaves`` the node or not."""
+    rate = np.where(leaves, link.inter, link.intra)
+    hop = np.where(leaves, link.inter_seconds, link.intra_seconds)
+    seconds: Column = payload_bytes / rate + hop + link.start_seconds
+    return seconds

@@ -1,0 +1,112 @@
+"""Rows of choices priced by the vectorised estimates: seconds of a step and bytes of the fullest device.
+
+Columns may have any shapes that broadcast. What a term does not depend on it is not computed for: with the
+choices of a block on axes of their own, (1, bodies, schedules, modes), a matrix product's seconds are found
+once a body. The first axis has length 1, so that a block is one case of many columns to the estimates.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from attrs import evolve, frozen
+
+from picotron.planner.cases import (
+    Cases,
+    LayoutColumns,
+    MachineColumns,
+    ModelColumns,
+    SoftwareColumns,
+    WorkColumns,
+    model_columns,
+)
+from picotron.planner.columns_of import machine_columns, work_columns
+from picotron.planner.constants import Constants, default_constants, replaced
+from picotron.planner.constraints import Rows
+from picotron.planner.estimate import TimeEstimate, estimate_seconds
+from picotron.planner.estimate_memory import MemoryEstimate, estimate_bytes
+from picotron.planner.space import CHOICES, Space
+
+
+@frozen(kw_only=True, eq=False)
+class Prices:
+    """Everything that an estimate reads beside the layout, and the rows' prices."""
+
+    model: ModelColumns
+    work: WorkColumns
+    machine: MachineColumns
+    software: SoftwareColumns
+
+    def cases(self, rows: Rows, *, num_microbatches: int | None = None) -> Cases:
+        """The rows as cases, of the whole step or of one with so many microbatches."""
+        work = self.work
+        if num_microbatches is not None:
+            batch = np.asarray(rows["dp"] * rows["micro_batch"] * num_microbatches, dtype=np.float64)
+            work = evolve(work, global_batch=batch)
+        return Cases(
+            model=self.model,
+            work=work,
+            machine=self.machine,
+            software=self.software,
+            layout=LayoutColumns(**{name: np.asarray(rows[name], dtype=np.float64) for name in CHOICES}),
+        )
+
+    def seconds(
+        self, rows: Rows, *, without: tuple[str, ...] = (), mean_layers: bool = False
+    ) -> TimeEstimate:
+        """The time of every row, with the constants named in ``without`` at 0."""
+        constants = _without(without) if without else None
+        return estimate_seconds(self.cases(rows), constants, mean_layers=mean_layers)
+
+    def memory(self, rows: Rows, *, num_microbatches: int | None = None) -> MemoryEstimate:
+        """The bytes of every row. In a block of several axes schedules are priced one after another."""
+        schedule = np.asarray(rows["schedule"])
+        if schedule.ndim <= 1 or (schedule == schedule.flat[0]).all():
+            return estimate_bytes(self.cases(rows, num_microbatches=num_microbatches))
+        axis = int(np.argmax(schedule.shape))
+        kinds, found = schedule.ravel(), {}
+        for kind in np.unique(kinds):
+            own = np.flatnonzero(kinds == kind)
+            part = {name: _along(np.asarray(column), own, axis) for name, column in rows.items()}
+            found[kind] = own, estimate_bytes(self.cases(part, num_microbatches=num_microbatches))
+        first = next(iter(found.values()))[1]
+        names = (*first.classes, "rank")
+        columns = {
+            name: _merged([(own, _column(one, name)) for own, one in found.values()], axis) for name in names
+        }
+        return MemoryEstimate(rank=columns.pop("rank"), classes=columns)
+
+
+def _column(estimate: MemoryEstimate, name: str) -> np.ndarray:
+    return estimate.rank if name == "rank" else estimate.classes[name]
+
+
+def _along(column: np.ndarray, which: np.ndarray, axis: int) -> np.ndarray:
+    """Some places along an axis, where the column has it."""
+    return column.take(which, axis=axis) if column.ndim > axis and column.shape[axis] > 1 else column
+
+
+def _merged(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
+    """Columns of some places each along an axis, put together."""
+    shape = list(np.broadcast_shapes(*(np.delete(column.shape, axis) for _, column in parts)))
+    shape.insert(axis, sum(len(own) for own, _ in parts))
+    found = np.empty(shape)
+    for own, column in parts:
+        found[(slice(None),) * axis + (own,)] = column
+    return found
+
+
+def prices(space: Space, software: SoftwareColumns) -> Prices:
+    """What prices the candidates of one space. Raises PlanError where the device lacks the precision."""
+    return Prices(
+        model=model_columns(space.model),
+        work=work_columns(space.work),
+        machine=machine_columns(space.cluster, space.work.precision),
+        software=software,
+    )
+
+
+@cache
+def _without(names: tuple[str, ...]) -> Constants:
+    return replaced(default_constants(), dict.fromkeys(names, 0.0))

@@ -1,0 +1,152 @@
+"""What a stage takes under the cluster's software profile: the bodies' operations, scaled to the time model.
+
+The bodies say in which order a stage computes and communicates, one operation of the runtime at a time; how
+fast other software does the same layer is what ``layer_times`` knows. Seconds of each layer, of the embedding
+and of the head are scaled so that they sum to the model's, computing and communicating apart. A processor
+without a profile of its own (a CPU) keeps the seconds of its operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+import numpy as np
+from attrs import evolve, frozen
+
+from picotron.planner.block_times import Block, total, weighted
+from picotron.planner.body import Bodies, Body
+from picotron.planner.cases import RECOMPUTES, Cases
+from picotron.planner.columns_of import cases_of_plan
+from picotron.planner.constants import default_constants
+from picotron.planner.estimate import pass_seconds, with_recompute
+from picotron.planner.kernels import device_rates
+from picotron.planner.layer_times import LayerTimes, layer_times
+from picotron.planner.network import links
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.segment_costs import SegmentCost, StageCost
+
+_WIRES = ("tensor", "context", "expert")
+Costs = tuple[SegmentCost, ...]
+
+
+@frozen
+class Target:
+    """Seconds of one pass over a layer or an end: computing, and the collectives that it waits for."""
+
+    compute: float
+    communication: float
+
+
+@frozen
+class ProfileSeconds:
+    """Seconds of each kind of layer and end, forward and backward, the latter by how a layer recomputes."""
+
+    forward: Mapping[str, Target]
+    backward: Mapping[tuple[str, str], Target]
+    modes: tuple[str, ...]
+
+    def of(self, names: tuple[str, ...], *, forward: bool) -> Target:
+        """The seconds of a layer's segments, or of an end's one, called ``names``."""
+        first, _, layer = names[0].partition(" ")
+        mode = self.modes[int(layer)] if layer else "none"
+        kind = first if not layer else "moe" if any(name.startswith("moe") for name in names) else "mlp"
+        return self.forward[kind] if forward else self.backward[kind, mode]
+
+
+def profile_seconds(plan: TrainingPlan) -> ProfileSeconds | None:
+    """What the time model says of ``plan``; None on a CPU, and where costs were measured."""
+    if plan.cluster.device.architecture == "cpu" or plan.cluster.efficiency.measured is not None:
+        return None
+    cases, table = cases_of_plan(plan), default_constants()
+    layers = layer_times(cases, table, device_rates(cases, table), links(cases, table))
+    kinds = {
+        "mlp": weighted([(layers.attention, 1.0), (layers.mlp, 1.0)]),
+        "embedding": layers.embedding,
+        "head": layers.head,
+    }
+    if plan.model.experts is not None:
+        kinds["moe"] = weighted([(layers.attention, 1.0), (layers.experts, 1.0)])
+    forward = {kind: _target(plan, cases, block, block.forward) for kind, block in kinds.items()}
+    backward = {
+        (kind, mode): _target(plan, cases, block, again.backward)
+        for kind, block in kinds.items()
+        for mode in RECOMPUTES
+        for again in [_recomputed(cases, layers, block, mode)]
+    }
+    return ProfileSeconds(forward, backward, plan.recompute)
+
+
+def _recomputed(cases: Cases, layers: LayerTimes, block: Block, mode: str) -> Block:
+    if mode == "none" or "attention" not in block.forward:
+        return block
+    layout = evolve(
+        cases.layout, recompute=np.asarray(float(RECOMPUTES.index(mode))), recompute_layers=np.ones(())
+    )
+    return with_recompute(evolve(cases, layout=layout), evolve(layers, layer=block))
+
+
+def _target(plan: TrainingPlan, cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Target:
+    """The launches of a block's kernels lengthen both of its passes alike."""
+    forward, backward, launch = pass_seconds(cases, default_constants(), block)
+    longer = 1.0 + float(launch) / max(float(forward + backward), 1e-12)
+    reached = plan.cluster.efficiency
+    wires = sum(float(seconds[cause]) for cause in _WIRES if cause in seconds)
+    computing = float(total(seconds)) - wires
+    return Target(computing * longer * reached.compute_scale, wires * reached.communication_scale)
+
+
+def profiled(cost: StageCost, bodies: Bodies, seconds: ProfileSeconds) -> StageCost:
+    """``cost`` with every layer's and end's seconds scaled to the profile's."""
+    forward, _ = _scaled(cost.forward, bodies.forward, seconds, forward=True)
+    backward, scales = _scaled(cost.backward, bodies.backward, seconds, forward=False)
+    return evolve(
+        cost,
+        forward=forward,
+        backward=backward,
+        backward_input=_by(cost.backward_input, bodies.backward_input, scales),
+        backward_weight=_by(cost.backward_weight, bodies.backward_weight, scales),
+    )
+
+
+Scales = dict[str, tuple[float, float]]
+
+
+def _scaled(costs: Costs, body: Body, seconds: ProfileSeconds, *, forward: bool) -> tuple[Costs, Scales]:
+    """The costs of a body scaled layer by layer, and the two scales of every segment by name."""
+    scales: Scales = {}
+    named = zip((segment.name for segment in body.segments), costs, strict=True)
+    for _, members in groupby(named, key=lambda pair: pair[0].partition(" ")[2] or pair[0]):
+        layer = list(members)
+        names = tuple(name for name, _ in layer)
+        scales |= dict.fromkeys(
+            names, _scales((cost for _, cost in layer), seconds.of(names, forward=forward))
+        )
+    return _by(costs, body, scales), scales
+
+
+def _scales(costs: Iterable[SegmentCost], target: Target) -> tuple[float, float]:
+    """By how much computing and communicating are multiplied, so that together they take what they should."""
+    own = list(costs)
+    computing = sum(cost.compute_seconds for cost in own)
+    waiting = sum(cost.communication_seconds for cost in own)
+    if waiting > 0:
+        return _ratio(target.compute, computing), target.communication / waiting
+    return _ratio(target.compute + target.communication, computing), 1.0
+
+
+def _ratio(wanted: float, found: float) -> float:
+    return wanted / found if found > 0 else 1.0
+
+
+def _by(costs: Costs, body: Body, scales: Scales) -> Costs:
+    return tuple(
+        SegmentCost(
+            compute=[stretch * scales[segment.name][0] for stretch in cost.compute],
+            collectives=[
+                evolve(collective, seconds=collective.seconds * scales[segment.name][1])
+                for collective in cost.collectives
+            ],
+        )
+        for cost, segment in zip(costs, body.segments, strict=True)
+    )

@@ -1,0 +1,135 @@
+"""What a search returns: plans fastest first, the Pareto front, the counts, the ties and the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from attrs import field, frozen
+
+from picotron.planner.candidates import Plans, in_words
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.predict import Prediction, predict
+from picotron.planner.priced import Prices
+from picotron.planner.space import Space
+
+if TYPE_CHECKING:
+    from picotron.planner.why import Why
+
+TOP_ROWS = 10
+SIMULATED = 3
+
+
+@frozen(kw_only=True)
+class Counts:
+    """How every candidate was covered: evaluated, or cut by a proven bound.
+
+    ``refused``: combinations of degrees (tp, cp, pp, ep, etp, microbatch) that broke a constraint, by the
+    first one broken; they never became candidates. ``cut_by_memory`` cannot fit; ``cut_by_time`` are neither
+    among the fastest that are kept nor on the front. ``fit`` of the evaluated ones do.
+    """
+
+    candidates: int
+    evaluated: int
+    cut_by_memory: int
+    cut_by_time: int
+    fit: int
+    refused: Mapping[str, int]
+
+    @property
+    def covered(self) -> int:
+        """Evaluated or cut by a bound: all of them."""
+        return self.evaluated + self.cut_by_memory + self.cut_by_time
+
+    def __str__(self) -> str:
+        refused = ", ".join(f"{name} {count:,}" for name, count in sorted(self.refused.items()))
+        return (
+            f"{self.candidates:,} candidates: {self.evaluated:,} evaluated ({self.fit:,} fit), "
+            f"{self.cut_by_memory:,} cut by the memory bound, {self.cut_by_time:,} by the time bound"
+            + (f"; refused before: {refused}" if refused else "")
+        )
+
+
+@frozen(kw_only=True, eq=False, repr=False)
+class SearchResult(Sequence[TrainingPlan]):
+    """The plans that a search keeps, fastest first: of each choice of degrees and microbatch the fastest one.
+
+    A plan is built when it is looked at. ``pareto``: the plans that none beats in both time and memory.
+    ``interval``: the relative error of a predicted time; plans closer than that to the best are ``ties``.
+    """
+
+    space: Space
+    prices: Prices = field(repr=False)
+    fastest: Plans
+    pareto: Plans
+    counts: Counts
+    limit_bytes: int
+    interval: float
+
+    def __len__(self) -> int:
+        return len(self.fastest)
+
+    @overload
+    def __getitem__(self, index: int) -> TrainingPlan: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Plans: ...
+
+    def __getitem__(self, index: int | slice) -> TrainingPlan | Plans:
+        """The plan at ``index``, 0 the fastest."""
+        return self.fastest[index]
+
+    @cached_property
+    def best(self) -> TrainingPlan:
+        """The fastest plan that fits."""
+        return self.fastest[0]
+
+    @property
+    def ties(self) -> Plans:
+        """The kept plans whose predicted time is within the prediction's interval of the best."""
+        near = int(
+            np.searchsorted(self.fastest.seconds, self.fastest.seconds[0] * (1 + self.interval), "right")
+        )
+        return self.fastest[:near]
+
+    def simulated(self, count: int = SIMULATED) -> tuple[Prediction, ...]:
+        """The first ``count`` plans priced by the exact simulator, in the search's order."""
+        if count not in self._simulations:
+            self._simulations[count] = tuple(predict(plan) for plan in self.fastest[:count])
+        return self._simulations[count]
+
+    @cached_property
+    def _simulations(self) -> dict[int, tuple[Prediction, ...]]:
+        return {}
+
+    def why(self, layout: TrainingPlan | str | None = None, **choices: Any) -> Why:
+        """Why a layout is not the best: the rule that refuses it, bytes that do not fit, or milliseconds.
+
+        The layout is a plan, a text such as ``"tp=4 pp=8"`` or keywords; what they leave open is chosen as
+        the search would.
+        """
+        from picotron.planner.why import why
+
+        return why(self, layout, choices)
+
+    def table(self, count: int = TOP_ROWS) -> str:
+        """The fastest plans, a line each."""
+        from picotron.planner.draw_search import table
+
+        return table(self, self.fastest[:count])
+
+    def __str__(self) -> str:
+        from picotron.planner.draw_search import draw_search
+
+        return draw_search(self)
+
+    def _repr_html_(self) -> str:
+        from picotron.planner.draw_search import search_html
+
+        return search_html(self)
+
+    def __repr__(self) -> str:
+        best = in_words(self.fastest.row(0))
+        return f"<SearchResult: {len(self)} plans, the best {best} in {self.fastest.seconds[0]:.4g} s>"

@@ -1,0 +1,118 @@
+"""Bytes beside weights and activations: transfers, placeholders, scratch, and what no tensor holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from picotron.planner.cases import ARCHITECTURES, ATTENTIONS, RECOMPUTES, SCHEDULE_NAMES, Cases, Column
+from picotron.planner.held_weights import HeldWeights
+from picotron.planner.in_flight import microbatches
+from picotron.planner.memory_constants import memory_constants
+from picotron.planner.moving_bytes import Blocks
+from picotron.planner.saved_tensors import EAGER, FUSED
+from picotron.planner.stage_columns import RankLayers
+from picotron.planner.standing_bytes import StandingBytes
+
+
+def adds_gradients(cases: Cases) -> Column:
+    """Where a product adds its weight gradient to the main gradients itself (Megatron-Core).
+
+    It does where these are wider than weights, and in whatever width since Transformer Engine brought cuDNN's
+    attention.
+    """
+    work, software = cases.work, cases.software
+    does = (work.gradient_bytes > work.compute_bytes) | (software.attention >= ATTENTIONS.index("flash-3"))
+    adds: Column = (software.kernels == FUSED) & (cases.layout.zero_stage <= 1) & does
+    return adds
+
+
+def placeholders(blocks: Blocks, layers: RankLayers) -> Column:
+    """Empty weight gradients that autograd wants where a product adds them to the main gradients itself.
+
+    Transformer Engine keeps one of each matrix's shape.
+    """
+    matrices = dict(blocks.layer.matrices)
+    sparse = sum(matrices.pop(name) for name in list(matrices) if name.startswith(("expert", "shared")))
+    dense = matrices.pop("up") + matrices.pop("product")
+    kept = sum(matrices.values()) + (layers.dense > 0) * dense + (layers.sparse > 0) * sparse
+    placeholders: Column = adds_gradients(blocks.cases) * kept * blocks.cases.work.compute_bytes
+    return placeholders
+
+
+def head_placeholder(blocks: Blocks, layers: RankLayers) -> Column:
+    """The head's, which is Megatron-Core's own: made in the head's backward, and freed."""
+    matrix = blocks.widths.vocab * blocks.cases.model.hidden * blocks.cases.work.compute_bytes
+    placeholder: Column = layers.last * adds_gradients(blocks.cases) * matrix
+    return placeholder
+
+
+def library_workspace(cases: Cases) -> Column:
+    """Scratch that matrix libraries keep."""
+    workspace: Column = memory_constants().library_workspace_bytes[_architecture(cases)]
+    return workspace
+
+
+def _architecture(cases: Cases) -> Column:
+    index: Column = cases.machine.architecture.astype(np.int64)
+    return index
+
+
+def position_table(cases: Cases) -> Column:
+    """Cosine and sine of rotary positions."""
+    model, work = cases.model, cases.work
+    rotary = np.where(model.rope_dim > 0, model.rope_dim, model.head_dim)
+    rows = (model.learned_positions == 0) * work.seq_len / cases.layout.cp
+    table: Column = rows * rotary * work.compute_bytes
+    return table
+
+
+def communication(blocks: Blocks, layers: RankLayers, held: HeldWeights, standing: StandingBytes) -> Column:
+    """Transfers of the pipeline, keys and values of the ring, gathered weights and gradients to be reduced.
+
+    Of sharded parameters two layers are whole at a time, one of them ahead of its use, and the tables; of
+    sharded gradients a bucket, which holds a layer's or the tables' at least.
+    """
+    cases, w, t = blocks.cases, blocks.widths, blocks.tokens
+    layout, work = cases.layout, cases.work
+    eager = cases.software.kernels == EAGER
+    pending = np.where(eager, _pending(cases, layers), 1) * (layout.pp > 1)
+    pipeline = pending * blocks.saved.boundary
+    ring = (layout.cp > 1) * ~eager * 2 * t.whole * (w.key + w.value) * t.item
+    gathered = (2 * held.largest_layer + held.table) * work.compute_bytes
+    bucket = np.maximum(
+        np.maximum(held.largest_layer, held.table) * work.wire_bytes, cases.software.bucket_bytes
+    )
+    reduced = np.minimum(bucket, standing.reduced)
+    transfers: Column = pipeline + ring + np.minimum(gathered, standing.gathered) + reduced
+    return transfers
+
+
+def _pending(cases: Cases, layers: RankLayers) -> Column:
+    """Tensors of the pipeline on their way where receives are posted early and sends are waited for late."""
+    layout = cases.layout
+    more = microbatches(cases.work, layout) * layout.virtual_stages > 1
+    waits = np.isin(layout.schedule, [SCHEDULE_NAMES.index(name) for name in ("afab", "bfs")])
+    sides = layout.virtual_stages > 1
+    behind, ahead = np.maximum(1 - layers.last, sides), np.maximum(1 - layers.first, sides)
+    pending: Column = behind * (1 + more) + ahead * more * ~waits
+    return pending
+
+
+def fragmentation_share(cases: Cases) -> Column:
+    """Of the bytes that come and go: less where every layer is recomputed, as what stands is of one size."""
+    layout, constants = cases.layout, memory_constants()
+    recomputed = np.where(layout.recompute == RECOMPUTES.index("full"), layout.recompute_layers, 0.0)
+    mixed, uniform = constants.fragmentation_share, constants.recomputed_fragmentation_share
+    share: Column = mixed + (uniform - mixed) * recomputed
+    return share
+
+
+def framework(cases: Cases) -> Column:
+    """The process's own memory, and the buffers of each communicator that it opens."""
+    layout, constants = cases.layout, memory_constants()
+    degrees = (layout.dp, layout.pp, layout.cp, layout.tp, layout.ep)
+    groups = 1 + sum(degree > 1 for degree in degrees)
+    present = _architecture(cases) != ARCHITECTURES.index("cpu")
+    context = constants.context_bytes[_architecture(cases)]
+    framework: Column = context + present * groups * constants.communicator_bytes
+    return framework
