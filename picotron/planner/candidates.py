@@ -56,6 +56,7 @@ def plan_of(space: Space, row: Row) -> TrainingPlan:
         name: int(row[name])
         for name in ("dp", "pp", "cp", "tp", "ep", "etp", "virtual_stages", "micro_batch")
     }
+    options["bucket_bytes"] = int(space.cluster.profile.bucket_bytes)
     options["schedule"] = SCHEDULE_NAMES[int(row["schedule"])]
     options["order"] = ORDERS[int(row["order"])]
     options["sequence_parallel"] = bool(row["sequence_parallel"])

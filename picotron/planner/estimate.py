@@ -20,7 +20,12 @@ from picotron.planner.kernels import device_rates
 from picotron.planner.layer_times import LayerTimes, layer_times
 from picotron.planner.network import links
 from picotron.planner.parameter_counts import parameter_counts
-from picotron.planner.pipeline_times import StageLayers, bubble_share, stage_layers, transfer_seconds
+from picotron.planner.pipeline_times import (
+    StageLayers,
+    bubble_share,
+    stage_layers,
+    transfer_seconds,
+)
 from picotron.planner.sharding_times import Beside, data_seconds, optimizer_seconds
 
 CAUSES = (
@@ -84,7 +89,8 @@ def estimate_seconds(
     forward, backward, launch = pass_seconds(cases, table, stage)
     busy = forward + backward + launch
 
-    share = bubble_share(cases, forward, backward, np.minimum(_weight_seconds(stage), backward))
+    weight = np.minimum(_weight_seconds(stage), backward)
+    share = bubble_share(cases, forward, backward, weight, microbatches)
     bubble = share * others
     message = layout.micro_batch * work.seq_len / layout.cp * cases.model.hidden * work.compute_bytes
     transfer = transfer_seconds(cases, link, microbatches, message)

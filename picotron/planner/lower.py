@@ -335,39 +335,44 @@ def with_sums(
         new.append((rank, before, row))
         return program.num_rows + len(new) - 1
 
+    lasts, followed = last_backwards(program), dict[int, int]()
     if each_microbatch:
-        for rank, before, anchor in _earlier_backwards(program):
+        for rank, before, anchor in _followed_backwards(program):
             stage, microbatch = int(program.stage[anchor]), int(program.microbatch[anchor])
+            if lasts[rank, stage] == anchor:
+                followed[anchor] = before
+                continue
             for bucket, wanted in zip(buckets[stage], sums[stage], strict=True):
                 if wanted and wanted[0].kind is Kind.REDUCE_SCATTER:
                     row = _sum(groups, bucket, wanted[0], anchor, bucket.ready_segment, microbatch)
                     wait = Row(Kind.WAIT, stage, microbatch, bucket.index, target=post(rank, anchor + 1, row))
                     post(rank, before, wait)
                     _check_reductions(len(new))
-    started: list[tuple[int, Bucket, Sequence[Exchange], int]] = []
-    for (rank, stage), anchor in last_backwards(program).items():
+    started: list[tuple[int, int, Bucket, Sequence[Exchange], int]] = []
+    for (rank, stage), anchor in lasts.items():
         for bucket, wanted in zip(buckets[stage], sums[stage], strict=True):
             if wanted:
                 row = _sum(groups, bucket, wanted[0], anchor, bucket.ready_segment)
-                started.append((rank, bucket, wanted, post(rank, anchor + 1, row)))
-    for rank, bucket, wanted, last in started:
+                started.append((rank, anchor, bucket, wanted, post(rank, anchor + 1, row)))
+    for rank, anchor, bucket, wanted, last in started:
         stop = program.offsets[rank + 1]
+        scattered = wanted[0].kind is Kind.REDUCE_SCATTER
+        until = followed.get(anchor, stop) if scattered else stop
+        post(rank, until, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
         for exchange in wanted[1:]:
-            post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
             last = post(rank, stop, _sum(groups, bucket, exchange))
-        post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
+            post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
     return with_rows(program, new, groups)
 
 
-def _earlier_backwards(program: Program) -> Iterator[tuple[int, int, int]]:
-    """Each B and W but its stage's last: its rank, where the rank's next cell with one begins, its row."""
-    last, own = set(last_backwards(program).values()), cells(program)
+def _followed_backwards(program: Program) -> Iterator[tuple[int, int, int]]:
+    """Each B and W that another one of its rank follows: the rank, where that cell begins, its row."""
+    own = cells(program)
     found = np.flatnonzero(program.is_kind(Kind.BACKWARD, Kind.BACKWARD_WEIGHT)[own.rows])
-    begins = own.opens[own.of[found]]
-    rank = program.rank[own.rows[found]]
+    begins, rank = own.opens[own.of[found]], program.rank[own.rows[found]]
     for index, row in enumerate(own.rows[found].tolist()):
-        if row not in last:
-            later = np.searchsorted(begins, row, side="right")
+        later = int(np.searchsorted(begins, row, side="right"))
+        if later < len(begins) and rank[later] == rank[index]:
             yield int(rank[index]), int(begins[later]), row
 
 

@@ -5,7 +5,8 @@ stages, a share of their seconds that depends on the schedule. The shares are th
 for F, I and W of a rank's stages together: Narayanan et al. 2021, arXiv:2104.04473 (1F1B, interleaved);
 Lamy-Poirier 2022, arXiv:2211.05953 (breadth first); Qi et al. 2023, arXiv:2401.10241, and 2024,
 arXiv:2405.15362 (zero bubble, V-shaped); DeepSeek-AI 2024, arXiv:2412.19437 (DualPipe). V-Half and V-Min idle
-3/2 and 2 forwards of a rank for each other rank.
+about 3/2 and 2 forwards of a rank for each rank but the first two (a mean over the depths, for slots of equal
+length: where F, I and W are far from equal they idle more).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from picotron.planner.cases import SCHEDULE_NAMES, Cases, Column
 from picotron.planner.in_flight import is_v_placed
 from picotron.planner.network import Links, send_seconds, strides
 from picotron.planner.stage_columns import rank_layers
+
+_WHOLE_BACKWARD = ("afab", "1f1b", "interleaved", "bfs")
 
 
 @frozen(kw_only=True, eq=False)
@@ -49,16 +52,19 @@ def stage_layers(cases: Cases, *, mean: bool = False) -> StageLayers:
     return StageLayers(first=first, middle=middle, last=last, turned=turned)
 
 
-def bubble_share(cases: Cases, forward: Column, backward: Column, weight: Column) -> Column:
+def bubble_share(
+    cases: Cases, forward: Column, backward: Column, weight: Column, microbatches: Column
+) -> Column:
     """How much of each other stage's F + B the slowest rank idles, at the start and the end together.
 
-    ``weight`` are the seconds of the weight gradients' products, a part of ``backward``.
+    ``weight`` are the seconds of the weight gradients' products, a part of ``backward``. With fewer
+    microbatches than ranks a step is as long as the last microbatch's way through all stages, which starts
+    when the others have left the first one.
     """
-    names = [SCHEDULE_NAMES[int(i)] for i in np.unique(cases.layout.schedule)]
-    whole = forward + backward
-    inputs = backward - weight
-    chunks = cases.layout.virtual_stages
-    lead = forward / chunks
+    layout = cases.layout
+    names = [SCHEDULE_NAMES[int(i)] for i in np.unique(layout.schedule)]
+    whole, inputs = forward + backward, backward - weight
+    chunks, others = layout.virtual_stages, np.maximum(layout.pp - 1.0, 1.0)
     shares: Column = np.zeros(())
     for name in names:
         idle = {
@@ -66,15 +72,19 @@ def bubble_share(cases: Cases, forward: Column, backward: Column, weight: Column
             "1f1b": whole / chunks,
             "interleaved": whole / chunks,
             "bfs": whole / chunks,
-            "zb-h1": np.maximum(forward + inputs - weight, lead),
-            "zb-h2": forward + np.maximum(forward + inputs - 2.0 * weight, 0.0),
+            "zb-h1": np.maximum(forward + inputs - weight, forward),
+            "zb-h2": np.maximum(forward, forward + inputs - 2.0 * weight),
             "zb-v": forward / 2.0,
-            "interleaved-zb": lead,
+            "interleaved-zb": forward / chunks,
             "dualpipe-v": np.maximum(forward + 2.0 * inputs - weight, forward) / 2.0,
-            "v-half": 1.5 * forward,
-            "v-min": 2.0 * forward,
+            "v-half": forward * np.maximum(1.5 * layout.pp - 2.75, 0.75) / others,
+            "v-min": forward * np.maximum(2.0 * layout.pp - 3.3, 0.75) / others,
         }[name]
-        shares = np.where(cases.layout.schedule == SCHEDULE_NAMES.index(name), idle, shares)
+        late = 0.0 if name in _WHOLE_BACKWARD else weight  # what nobody waits for
+        way = whole - late
+        alone = layout.pp * way + (microbatches - 1.0) * way / chunks + late / chunks
+        idle = np.maximum(idle, (alone - microbatches * whole) / others)
+        shares = np.where(layout.schedule == SCHEDULE_NAMES.index(name), idle, shares)
     found: Column = shares / whole
     return found
 

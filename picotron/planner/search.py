@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner.candidates import Plans
@@ -27,7 +28,6 @@ from picotron.planner.workload import Workload
 
 KEEP = 20
 REACH = 1.5
-DEFAULT_PROFILE = "picotron"
 
 
 def search(
@@ -35,7 +35,7 @@ def search(
     cluster: ClusterSpec,
     work: Workload,
     *,
-    profile: str | SoftwareProfile = DEFAULT_PROFILE,
+    profile: str | SoftwareProfile | None = None,
     memory_limit_bytes: int | None = None,
     keep: int = KEEP,
     reach: float = REACH,
@@ -46,8 +46,9 @@ def search(
 
     ``choices`` fix any choice of the space by its name in ``plan`` (``tp=8``, ``schedule=("1f1b", "zb-v")``;
     also ``recompute_layers`` and ``offload`` as shares of the layers, ``shard`` "all" or "node", ``ends``).
-    ``profile``: the software that runs the plan. ``keep``: how many of the fastest are kept, each with other
-    degrees or another microbatch; the front goes on to plans ``reach`` times as slow as the best.
+    ``profile``: the software that runs the plans, the cluster's own by default. ``keep``: how many of the
+    fastest are kept, each with other degrees or another microbatch; the front goes on to plans ``reach``
+    times as slow as the best.
     ``progress`` is called with a line now and then. Raises PlanError, saying which rule and what would help,
     where nothing can be planned or nothing fits.
     """
@@ -65,9 +66,11 @@ def search(
     limit = cluster.device.memory_bytes if memory_limit_bytes is None else memory_limit_bytes
     if not is_size(limit):
         raise PlanError(f"memory_limit_bytes must be a whole number of at least 1, got {shown(limit)}")
+    if profile is not None:
+        software = profile if isinstance(profile, SoftwareProfile) else software_profile(profile)
+        cluster = evolve(cluster, profile=software)
     space = make_space(model, cluster, work, **choices)
-    software = profile if isinstance(profile, SoftwareProfile) else software_profile(profile)
-    priced = prices(space, software_columns(software, cluster.device.architecture))
+    priced = prices(space, software_columns(cluster.profile, cluster.device.architecture))
     kept, counts = covered(
         space, priced, Wanted(limit_bytes=limit, keep=keep, reach=reach), progress=progress
     )
