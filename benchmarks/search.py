@@ -353,6 +353,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.sample < 1:
+        parser.error(f"rounds and sample must be at least 1, got {arguments.rounds} and {arguments.sample}")
+    if arguments.calculon and not (arguments.calculon / "calculon" / "llm").is_dir():
+        parser.error(f"--calculon must be a checkout with a folder calculon/llm, got {arguments.calculon}")
     spaces = QUICK if arguments.quick else SPACES
     rows = [alone(name, request, arguments.rounds) for name, request in spaces.items()]
     for row in rows:

@@ -65,7 +65,9 @@ def test_a_memory_limit_binds(run: Run) -> None:
     """In GiB; what is no such number is refused."""
     data = json.loads(run("search", *NODE, "--schedule", "1f1b", "--memory-limit", "40", "--json")[1])
     assert data["limit_bytes"] == 40 * 2**30 > data["best"]["reserved_bytes"]
-    assert "memory_limit_bytes must be" in refused(run("search", *SMALL, "--memory-limit", "-1"))
+    assert "--memory-limit must be a positive number of GiB, got -1" in refused(
+        run("search", *SMALL, "--memory-limit", "-1")
+    )
     assert "fits nowhere" in refused(run("search", *SMALL, "--memory-limit", "2"))
 
 

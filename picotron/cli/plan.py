@@ -98,10 +98,10 @@ def add_parser(subparsers: Subparsers) -> None:
     degrees = parser.add_argument_group("how the work is divided")
     for name, (options, words) in PLAN_FLAGS.items():
         degrees.add_argument(_flag(name), default=argparse.SUPPRESS, help=words, **options)
-    _add_workload(parser.add_argument_group("what is trained, and how"))
+    add_workload(parser.add_argument_group("what is trained, and how"))
 
 
-def _add_workload(group: Any) -> None:
+def add_workload(group: Any) -> None:
     """One flag for each field of Workload."""
     types = get_type_hints(Workload)
     for attribute in fields(Workload):

@@ -9,7 +9,7 @@ from typing import Any
 from attrs import asdict, fields
 
 from picotron.cli.common import STANDARD, Subparsers, command, write_json, write_out, write_result
-from picotron.cli.plan import _add_workload as add_workload
+from picotron.cli.plan import add_workload
 from picotron.errors import PlanError
 from picotron.planner.candidates import Plans, choice, in_words
 from picotron.planner.cases import RECOMPUTES, SCHEDULE_NAMES
@@ -149,8 +149,10 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def _bytes(gib: float) -> int:
-    """GiB as bytes; what is no number of them stays none, for ``search`` to refuse."""
-    return round(gib * GIB) if 0 < gib < float("inf") else 0
+    """GiB as bytes."""
+    if not 0 < gib < float("inf"):
+        raise PlanError(f"--memory-limit must be a positive number of GiB, got {gib:g}; leave it out for all")
+    return round(gib * GIB)
 
 
 def _why_data(reason: Why) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -106,11 +107,11 @@ def _visible_columns(bars: Iterable[Bar], *, span_seconds: float, room: int) -> 
 def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     """Where each rank sits: pipeline stages down, data and context parallelism across, a cell a tp group.
 
-    Neighbouring columns are merged until the grid fits; ``a-b`` is every rank from a to b, ``a-b:k`` every
-    k-th. Each rank stands in exactly one cell.
+    Neighbouring columns are merged until the grid fits; names take half of the width at most; ``a-b`` is
+    every rank from a to b, ``a-b:k`` every k-th. Each rank stands in exactly one cell.
     """
     names = [f"{name}: {held}" for name, held in zip(stage_names(plan), stage_contents(plan), strict=True)]
-    margin = max(map(len, names)) + 2
+    margin = min(max(map(len, names)) + 2, width // 2)
     for merged in _column_merges(plan.topology):
         heads, cells = _grid_cells(plan.topology, merged)
         size = max(len(text) for row in [heads, *cells] for text in row) + 2
@@ -122,7 +123,8 @@ def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
         pieces = (
             [text] if len(text) <= width - margin else textwrap.wrap(text.replace(",", ", "), width - margin)
         )
-        lines += [(name if piece is pieces[0] else "").ljust(margin) + piece for piece in pieces]
+        held = [name] if len(name) <= margin - 2 else textwrap.wrap(name.replace(",", ", "), margin - 2)
+        lines += [left.ljust(margin) + piece for left, piece in zip_longest(held, pieces, fillvalue="")]
     return joined(lines, width)
 
 

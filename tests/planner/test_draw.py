@@ -473,3 +473,21 @@ def test_a_long_step_shows_its_beginning_and_its_end() -> None:
     assert "its beginning and its end" in text
     assert "F0" in text and "B63" in text and " … " in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_names_of_many_stages_are_wrapped():
+    """Eight ranks of eight stages, whose names alone are wider than the page."""
+    work = Workload(global_batch=128, seq_len=2048)
+    made = plan(
+        ModelSpec.from_hf("llama-3.1-70b"),
+        ClusterSpec.preset("h100", nodes=16),
+        work,
+        pp=8,
+        tp=8,
+        schedule="interleaved",
+        virtual_stages=10,
+    )
+    lines = draw_grid(made, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "stages  7, 15, 23, 31, 39, 47, 55," in "\n".join(lines)
+    assert sum("head" in line for line in lines) == 1
