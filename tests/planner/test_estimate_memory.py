@@ -11,6 +11,7 @@ import pytest
 from picotron.planner.cases import (
     ATTENTIONS,
     KERNEL_SETS,
+    LOSSES,
     PRODUCT_FORMATS,
     RECOMPUTES,
     SCHEDULE_NAMES,
@@ -285,3 +286,14 @@ def test_more_cases_than_fit_a_block() -> None:
     few, many = cases(LLAMA_12, pp=[1, 2, 4, 3]), cases(LLAMA_12, pp=[1, 2, 4, 3] * 5000)
     expected = np.tile(estimate_bytes(few).allocated_bytes, 5000)
     assert np.array_equal(estimate_bytes(many).allocated_bytes, expected)
+
+
+def test_a_loss_by_chunks_keeps_no_logits() -> None:
+    """Chunks save 4096 tokens by an eighth of 128,256 words in 16 bits; a copy in fp32 adds to them."""
+
+    def of(loss: str) -> float:
+        made = software(cases(LLAMA_12, tp=8), loss=LOSSES.index(loss))
+        return float(estimate_bytes(made).classes["logits"].max())
+
+    assert of("in place") - of("chunked") == 4096 * 128256 // 8 * 2
+    assert of("copy") > of("in place")

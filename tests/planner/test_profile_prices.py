@@ -62,6 +62,7 @@ def test_full_recompute_costs_about_a_forward() -> None:
         {"tp": 2, "dp": 2, "pp": 2, "schedule": "interleaved", "virtual_stages": 2, "stage_layers": (8,) * 4},
         {"tp": 1, "dp": 8, "zero_stage": 1},
         {"tp": 1, "dp": 2, "pp": 4, "schedule": "zb-h1", "stage_layers": (8,) * 4},
+        {"tp": 1, "dp": 4, "pp": 2, "schedule": "zb-v", "stage_layers": (8,) * 4},  # one rank has both ends
     ],
 )
 @pytest.mark.parametrize("profile", ["picotron", "megatron-2025"])

@@ -18,6 +18,7 @@ from picotron.planner.candidates import (
     stage_layers,
 )
 from picotron.planner.cluster import ClusterSpec
+from picotron.planner.explain import explain
 from picotron.planner.interval import relative_interval
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import plan
@@ -335,3 +336,12 @@ def test_sequence_parallelism_cuts_all_tokens_of_a_microbatch():
     assert "needs tp to divide the tokens" in refused("llama-3.1-8b", "h100:1x8", micro_batch=1, **options)
     work = Workload(global_batch=16, seq_len=12)
     assert len(search(MODEL, NODE, work, tp=8, sequence_parallel=True, micro_batch=2)) == 1
+
+
+def test_the_plan_in_hand_is_the_plan_that_was_priced():
+    """Its cluster carries the profile and its buckets are the profile's: explained, it takes as long."""
+    found = search(MODEL, NODE, WORK, profile="megatron-2025")
+    assert found[0].cluster.profile.name == "megatron-2025"
+    for index in range(3):
+        seconds = explain(found[index], changes=0).step_seconds
+        assert seconds == pytest.approx(float(found.fastest.seconds[index]), rel=1e-9)

@@ -18,7 +18,7 @@ from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import Kind, payload_bytes, rows
 from picotron.planner.sharding import Sharding
-from picotron.planner.topology import Coordinate, Topology, groups
+from picotron.planner.topology import Coordinate, Topology, groups, rank_of
 from picotron.planner.torch_csv import orders_from_program_csv, program_to_csv
 from picotron.planner.workload import Workload
 from tests.planner.test_recompute import TWO_LAYERS
@@ -189,3 +189,22 @@ def test_too_many_reductions_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("picotron.planner.lower.MAX_REDUCTIONS", 10)
     with pytest.raises(PlanError, match="at most 10 rows, got more; raise bucket_bytes"):
         _plan(2, batch=4, zero_stage=2, bucket_bytes=1).program()
+
+
+def test_buffers_of_one_stage_stand_at_a_time() -> None:
+    """One microbatch through eight stages of a rank: full gradients are gone before the next stage's."""
+    made = plan(
+        ModelSpec.from_hf("llama-3.2-1b"),
+        ClusterSpec.preset("h100", devices_per_node=4),
+        Workload(global_batch=2, seq_len=128),
+        dp=2,
+        pp=2,
+        schedule="interleaved",
+        virtual_stages=8,
+        zero_stage=2,
+    )
+    rank = rank_of(made.topology, Coordinate(pp=1))
+    standing = static_bytes(made, Coordinate(pp=1))["gradients"]
+    buffers = [made.buffer_bytes(stage) for stage in made.rank_stages(1)]
+    peak = dict(memory_timeline(made, rank).peak_by_category)["gradients"]
+    assert peak <= standing + max(buffers) < standing + sum(buffers)
