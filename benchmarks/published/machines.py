@@ -63,6 +63,9 @@ def machine_values(entry: dict[str, Any], product: str) -> dict[str, float]:
         "inter_bytes_per_second": cluster.inter_node.bytes_per_second,
         "inter_seconds": cluster.inter_node.latency_seconds,
         "host_bytes_per_second": entry["host"],
+        "compute_scale": 1.0,
+        "communication_scale": 1.0,
+        "step_seconds": 0.0,
     }
     assert product in PRODUCT_FORMATS
     return {**values, **{name: value for name, value in given.items() if name in values}}

@@ -85,6 +85,9 @@ class MachineColumns:
     inter_bytes_per_second: Column  # one device to the network, one direction
     inter_seconds: Column
     host_bytes_per_second: Column  # one device to host memory: what an offload crosses
+    compute_scale: Column  # what an observed run corrects: multiplies all seconds of computing
+    communication_scale: Column  # and all of communication
+    step_seconds: Column  # spent once a step
 
 
 @frozen(kw_only=True, eq=False)

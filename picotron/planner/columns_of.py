@@ -55,7 +55,12 @@ def machine_columns(cluster: ClusterSpec, precision: str) -> MachineColumns:
 
     Raises PlanError where the device has no unit for that precision.
     """
-    device, intra, inter = cluster.device, cluster.intra_node, cluster.inter_node
+    device, intra, inter, reached = (
+        cluster.device,
+        cluster.intra_node,
+        cluster.inter_node,
+        cluster.efficiency,
+    )
     return columns(
         MachineColumns,
         {
@@ -71,6 +76,9 @@ def machine_columns(cluster: ClusterSpec, precision: str) -> MachineColumns:
             "inter_bytes_per_second": inter.bytes_per_second,
             "inter_seconds": inter.latency_seconds,
             "host_bytes_per_second": device.host_bytes_per_second,
+            "compute_scale": reached.compute_scale,
+            "communication_scale": reached.communication_scale,
+            "step_seconds": reached.step_seconds,
         },
     )
 

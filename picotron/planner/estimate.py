@@ -120,7 +120,7 @@ def estimate_seconds(
         "pipeline_bubble": bubble,
         "pipeline_transfer": transfer,
         "data": data + waiting,
-        "optimizer": update + table["step_seconds"],
+        "optimizer": update + table["step_seconds"] + cases.machine.step_seconds,
         "offload": _offload_seconds(cases, microbatches, held.middle, busy),
     }
     shape = np.broadcast_shapes((len(cases),), *(np.shape(value) for value in causes.values()))
@@ -202,9 +202,10 @@ class _Times:
     def of(cls, cases: Cases, constants: Constants, block: Block) -> _Times:
         """Both passes of a block."""
         kernels = block.forward_kernels + block.backward_kernels
-        launched = cases.software.graphs <= 0
+        scale = cases.machine.compute_scale
+        launched = (cases.software.graphs <= 0) * scale
         return cls(
-            device=total(block.forward) + total(block.backward) + kernels * constants["gap_seconds"],
+            device=total(block.forward) + total(block.backward) + kernels * constants["gap_seconds"] * scale,
             host=kernels * constants["launch_seconds"] * launched,
             waits=block.waits * constants["wait_seconds"] * launched,
         )

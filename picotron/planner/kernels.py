@@ -52,14 +52,15 @@ def device_rates(cases: Cases, constants: Constants) -> Rates:
     slower = np.where(four, constants["four_bit_share"], slower)
     narrow = constants.by("narrow_share", machine.architecture) * slower
     is_narrow = eight | four
-    clock = cases.software.clock
+    clock = cases.software.clock / machine.compute_scale
+    moved = machine.memory_bytes_per_second / machine.compute_scale
     return Rates(
         wide=machine.peak_16bit * wide * clock,
         narrow=machine.peak_flops * np.where(is_narrow, narrow, wide) * clock,
         is_narrow=is_narrow.astype(np.float64),
         operand_bytes=np.where(eight, 1.0, np.where(four, 0.5625, cases.work.compute_bytes)),
         wide_bytes=cases.work.compute_bytes,
-        bytes_per_second=machine.memory_bytes_per_second * constants.by("memory_share", machine.architecture),
+        bytes_per_second=moved * constants.by("memory_share", machine.architecture),
         processors=machine.processors,
         tile_ramp=constants["tile_ramp"],
         wave_weight=constants["wave_weight"],
@@ -122,7 +123,8 @@ def attention_seconds(
     share = constants.by("attention_share", kernel, machine.architecture)
     width = np.minimum(model.head_dim / 128.0, 1.0) ** constants.by("head_dim_exponent", machine.architecture)
     ramp = np.where(unfused, 1.0, cut / (cut + constants["attention_ramp"]))
-    forward = flops / (machine.peak_16bit * cases.software.clock * share * width * ramp)
+    peak = machine.peak_16bit * cases.software.clock / machine.compute_scale
+    forward = flops / (peak * share * width * ramp)
     passes = constants.by("score_passes", kernel)
     scores = layout.micro_batch * heads * work.seq_len * cut * work.compute_bytes * passes
     moved = scores / rates.bytes_per_second

@@ -38,13 +38,13 @@ class Links:
 
 def links(cases: Cases, constants: Constants) -> Links:
     """What every case's machine reaches."""
-    machine = cases.machine
+    machine, scale = cases.machine, cases.machine.communication_scale
     return Links(
-        intra=machine.intra_bytes_per_second * constants["intra_share"],
-        inter=machine.inter_bytes_per_second * constants.by("inter_share", machine.architecture),
-        intra_seconds=machine.intra_seconds,
-        inter_seconds=machine.inter_seconds,
-        start_seconds=constants["collective_seconds"],
+        intra=machine.intra_bytes_per_second * constants["intra_share"] / scale,
+        inter=machine.inter_bytes_per_second * constants.by("inter_share", machine.architecture) / scale,
+        intra_seconds=machine.intra_seconds * scale,
+        inter_seconds=machine.inter_seconds * scale,
+        start_seconds=constants["collective_seconds"] * scale,
     )
 
 

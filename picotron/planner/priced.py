@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 from attrs import evolve, frozen
 
+from picotron.planner.anchor import anchored
 from picotron.planner.cases import (
     Cases,
     LayoutColumns,
@@ -99,10 +100,11 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray
 
 def prices(space: Space, software: SoftwareColumns) -> Prices:
     """What prices the candidates of one space. Raises PlanError where the device lacks the precision."""
+    machine = machine_columns(space.cluster, space.work.precision)
     return Prices(
         model=model_columns(space.model),
         work=work_columns(space.work),
-        machine=machine_columns(space.cluster, space.work.precision),
+        machine=anchored(machine, space.model, space.cluster, space.work),
         software=software,
     )
 

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from picotron.planner.block_times import Block, total, weighted
 from picotron.planner.body import Bodies, Body
 from picotron.planner.cases import RECOMPUTES, Cases
+from picotron.planner.cluster import ClusterSpec
 from picotron.planner.columns_of import cases_of_plan
 from picotron.planner.constants import default_constants
 from picotron.planner.estimate import pass_seconds, with_recompute
@@ -54,9 +55,14 @@ class ProfileSeconds:
         return self.forward[kind] if forward else self.backward[kind, mode]
 
 
+def priced_by_operation(cluster: ClusterSpec) -> bool:
+    """Whether bodies keep the seconds of their operations: on a CPU, and where those were measured."""
+    return cluster.device.architecture == "cpu" or cluster.efficiency.measured is not None
+
+
 def profile_seconds(plan: TrainingPlan) -> ProfileSeconds | None:
     """What the time model says of ``plan``; None on a CPU, and where costs were measured."""
-    if plan.cluster.device.architecture == "cpu" or plan.cluster.efficiency.measured is not None:
+    if priced_by_operation(plan.cluster):
         return None
     cases, table = cases_of_plan(plan), default_constants()
     layers = layer_times(cases, table, device_rates(cases, table), links(cases, table))
@@ -67,9 +73,9 @@ def profile_seconds(plan: TrainingPlan) -> ProfileSeconds | None:
     }
     if plan.model.experts is not None:
         kinds["moe"] = weighted([(layers.attention, 1.0), (layers.experts, 1.0)])
-    forward = {kind: _target(plan, cases, block, block.forward) for kind, block in kinds.items()}
+    forward = {kind: _target(cases, block, block.forward) for kind, block in kinds.items()}
     backward = {
-        (kind, mode): _target(plan, cases, block, again.backward)
+        (kind, mode): _target(cases, block, again.backward)
         for kind, block in kinds.items()
         for mode in RECOMPUTES
         for again in [_recomputed(cases, layers, block, mode)]
@@ -86,14 +92,13 @@ def _recomputed(cases: Cases, layers: LayerTimes, block: Block, mode: str) -> Bl
     return with_recompute(evolve(cases, layout=layout), evolve(layers, layer=block))
 
 
-def _target(plan: TrainingPlan, cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Target:
+def _target(cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Target:
     """The launches of a block's kernels lengthen both of its passes alike."""
     forward, backward, launch = pass_seconds(cases, default_constants(), block)
     longer = 1.0 + float(launch) / max(float(forward + backward), 1e-12)
-    reached = plan.cluster.efficiency
     wires = sum(float(seconds[cause]) for cause in _WIRES if cause in seconds)
     computing = float(total(seconds)) - wires
-    return Target(computing * longer * reached.compute_scale, wires * reached.communication_scale)
+    return Target(computing * longer, wires)
 
 
 def profiled(cost: StageCost, bodies: Bodies, seconds: ProfileSeconds) -> StageCost:
