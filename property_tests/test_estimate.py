@@ -149,6 +149,7 @@ def test_every_column_has_a_part_in_it() -> None:
     about = {"model": "qwen3-30b-a3b", "profile": "plain", "seq_len": 4096, "global_batch": 256}
     cases = [case(**about, **base), case(**about, **base | {"recompute": "full", "recompute_layers": 0.5})]
     cases.append(case(model="llama-3.1-8b", recompute="full", recompute_layers=1))
+    cases.append(case(**about | {"model": "llama-3.1-8b"}, dp=4, tp=8))  # switches may sum at both levels
     unused = {"memory_bytes", "loss"}  # what only memory reads
     for part in ("software", "machine"):
         for field in fields(type(getattr(cases[0], part))):
@@ -159,7 +160,7 @@ def test_every_column_has_a_part_in_it() -> None:
 def _differs(cases: Cases, part: str, name: str) -> bool:
     columns = getattr(cases, part)
     value = getattr(columns, name)
-    flag = value in (0, 1) and name != "clock"
+    flag = value in (0, 1) and name not in ("clock", "compute_scale", "communication_scale")
     other = {"kernels": 0.0, "architecture": 2.0}.get(name, 1.0 - value if flag else value * 0.5)
     changed = evolve(cases, **{part: evolve(columns, **{name: np.asarray(other)})})
     return bool(estimate_seconds(changed).step_seconds != estimate_seconds(cases).step_seconds)

@@ -62,6 +62,8 @@ def machine_values(entry: dict[str, Any], product: str) -> dict[str, float]:
         "intra_seconds": cluster.intra_node.latency_seconds,
         "inter_bytes_per_second": cluster.inter_node.bytes_per_second,
         "inter_seconds": cluster.inter_node.latency_seconds,
+        "intra_reduces": 0.0,
+        "inter_reduces": 0.0,
         "host_bytes_per_second": entry["host"],
         "compute_scale": 1.0,
         "communication_scale": 1.0,

@@ -84,6 +84,8 @@ class MachineColumns:
     intra_seconds: Column  # latency of a hop
     inter_bytes_per_second: Column  # one device to the network, one direction
     inter_seconds: Column
+    intra_reduces: Column  # 1 where the node's switches sum all-reduces (SHARP)
+    inter_reduces: Column  # 1 where the network's do
     host_bytes_per_second: Column  # one device to host memory: what an offload crosses
     compute_scale: Column  # what an observed run corrects: multiplies all seconds of computing
     communication_scale: Column  # and all of communication

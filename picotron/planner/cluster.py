@@ -55,6 +55,7 @@ _COUNT = [
     of_class_must_be("an integer of at least 1", lambda value: is_integer(value) and value >= 1),
     of_class_must_be(f"at most {LARGEST_COUNT}", lambda value: bool(value <= LARGEST_COUNT)),
 ]
+_FLAG = of_class_must_be("true or false", lambda value: isinstance(value, bool))
 _TEXT = of_class_must_be(
     "text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())
 )
@@ -116,12 +117,17 @@ class DeviceSpec:
 
 @frozen(kw_only=True)
 class LinkSpec:
-    """What one device can send, in bytes/s in one direction, and the seconds before the first byte."""
+    """What one device can send, in bytes/s in one direction, and the seconds before the first byte.
+
+    ``in_network_reduction``: the switches sum all-reduces on their way (SHARP, NVLink SHARP), so that a
+    device sends and receives the tensor once.
+    """
 
     name: str = field(validator=_TEXT)
     bytes_per_second: float = field(converter=as_float, validator=_POSITIVE)
     latency_seconds: float = field(converter=as_float, validator=_NOT_NEGATIVE)
     source: str = field(validator=_TEXT)
+    in_network_reduction: bool = field(default=False, validator=_FLAG)
 
 
 @frozen(kw_only=True)
@@ -260,6 +266,7 @@ def group_link(cluster: ClusterSpec, ranks: Sequence[int]) -> LinkSpec:
         bytes_per_second=min(intra.bytes_per_second, adapters * inter.bytes_per_second),
         latency_seconds=leaving * inter.latency_seconds + (1 - leaving) * intra.latency_seconds,
         source=f"{adapters} adapters of: {inter.source}",
+        in_network_reduction=intra.in_network_reduction and inter.in_network_reduction,
     )
 
 

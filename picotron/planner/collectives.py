@@ -64,18 +64,25 @@ def wire_bytes(kind: str, payload_bytes: int, size: int) -> int:
 
 
 def collective_seconds(kind: str, payload_bytes: int, size: int, link: LinkSpec) -> float:
-    """Steps times latency plus bytes sent over bandwidth, for one of KINDS; 0 in a group of one."""
+    """Steps times latency plus bytes sent over bandwidth, for one of KINDS; 0 in a group of one.
+
+    An all-reduce over switches that sum sends its tensor once.
+    """
     _check(kind, payload_bytes, size)
     if size == 1:
         return 0.0
     latency_seconds = _RINGS[kind].steps(size) * link.latency_seconds
-    return latency_seconds + wire_bytes(kind, payload_bytes, size) / link.bytes_per_second
+    ring = latency_seconds + wire_bytes(kind, payload_bytes, size) / link.bytes_per_second
+    if kind == "all_reduce" and link.in_network_reduction:
+        return min(ring, 2 * link.latency_seconds + payload_bytes / link.bytes_per_second)
+    return ring
 
 
 def all_reduce_seconds(payload_bytes: int, size: int, link: LinkSpec) -> float:
     """2(p-1) latency + 2 (p-1)/p n / bandwidth, n the tensor: a reduce-scatter, then an all-gather.
 
-    Patarasuk and Yuan 2009, section 4; the bandwidth term is the lower bound.
+    Patarasuk and Yuan 2009, section 4; the bandwidth term is the lower bound for ranks that sum themselves.
+    Where the link's switches sum (SHARP; Graham et al. 2016, COMHPC), 2 latency + n / bandwidth if less.
     """
     return collective_seconds("all_reduce", payload_bytes, size, link)
 

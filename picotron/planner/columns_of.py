@@ -75,6 +75,8 @@ def machine_columns(cluster: ClusterSpec, precision: str) -> MachineColumns:
             "intra_seconds": intra.latency_seconds,
             "inter_bytes_per_second": inter.bytes_per_second,
             "inter_seconds": inter.latency_seconds,
+            "intra_reduces": intra.in_network_reduction,
+            "inter_reduces": inter.in_network_reduction,
             "host_bytes_per_second": device.host_bytes_per_second,
             "compute_scale": reached.compute_scale,
             "communication_scale": reached.communication_scale,

@@ -34,6 +34,9 @@ class Links:
     intra_seconds: Column
     inter_seconds: Column
     start_seconds: Column
+    intra_reduces: Column
+    inter_reduces: Column
+    switch_share: Column
 
 
 def links(cases: Cases, constants: Constants) -> Links:
@@ -45,6 +48,9 @@ def links(cases: Cases, constants: Constants) -> Links:
         intra_seconds=machine.intra_seconds * scale,
         inter_seconds=machine.inter_seconds * scale,
         start_seconds=constants["collective_seconds"] * scale,
+        intra_reduces=machine.intra_reduces,
+        inter_reduces=machine.inter_reduces,
+        switch_share=constants["switch_share"],
     )
 
 
@@ -88,14 +94,24 @@ def ring_seconds(link: Links, payload_bytes: Column, where: Group, rounds: float
 
 
 def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Column:
-    """The quicker of a ring (2 (p-1)/p n bytes) and a double tree (2 n bytes, latency by the logarithm)."""
+    """The quickest of a ring, a double tree and, where all switches on the way sum, their there and back.
+
+    They send 2 (p-1)/p n bytes, 2 n (latency by the logarithm), and n (Graham et al. 2016, COMHPC: SHARP).
+    """
     ring = ring_seconds(link, payload_bytes, where, rounds=2.0)
     nodes = where.size / where.inside
     crosses = where.size > where.inside
     rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
     depth = np.log2(np.maximum(nodes, 1.0)) * link.inter_seconds + (where.inside - 1.0) * link.intra_seconds
     tree = 2.0 * (payload_bytes / rate + depth) + link.start_seconds
-    return np.where((where.size > 1) & (payload_bytes > 0), np.minimum(ring, tree), 0.0)
+    quickest = np.minimum(ring, tree)
+    if np.any(link.intra_reduces) or np.any(link.inter_reduces):
+        hops = np.where(crosses, link.inter_seconds, 0.0) + link.intra_seconds
+        switched = payload_bytes / (rate * link.switch_share) + 2.0 * hops + link.start_seconds
+        in_node = (link.intra_reduces > 0) | (where.inside == 1)
+        sums = np.where(crosses, (link.inter_reduces > 0) & in_node, link.intra_reduces > 0)
+        quickest = np.where(sums, np.minimum(quickest, switched), quickest)
+    return np.where((where.size > 1) & (payload_bytes > 0), quickest, 0.0)
 
 
 def all_to_all_seconds(

@@ -27,6 +27,7 @@ from picotron.planner.workload import Workload
 _PERFECT = {
     **dict.fromkeys(("matmul_share", "narrow_share", "memory_share", "attention_share", "inter_share"), 1.0),
     **dict.fromkeys(("intra_share", "attention_backward_rate", "elementwise_factor", "grouped_share"), 1.0),
+    "switch_share": 1.0,
     **dict.fromkeys(("tile_ramp", "attention_ramp", "head_dim_exponent", "wave_weight", "spill_share"), 0.0),
     **dict.fromkeys(("launch_seconds", "gap_seconds", "step_seconds", "collective_seconds"), 0.0),
     **dict.fromkeys(("interference", "straggler_share", "wait_seconds"), 0.0),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+from attrs import evolve
 
 from picotron.errors import PlanError
-from picotron.planner.cluster import LinkSpec
+from picotron.planner.cluster import ClusterSpec, LinkSpec, group_link
 from picotron.planner.collectives import (
     KINDS,
     all_gather_seconds,
@@ -94,3 +97,28 @@ def test_requests_that_make_no_sense_are_refused(kind, payload_bytes, size, word
         wire_bytes(kind, payload_bytes, size)
     with pytest.raises(PlanError, match=words):
         collective_seconds(kind, payload_bytes, size, LINK)
+
+
+def test_switches_that_sum_halve_a_large_all_reduce() -> None:
+    """Eight ranks, 16 bytes: a ring sends 28 in 14 steps; through summing switches each sends 16 in two."""
+    ring = LinkSpec(name="ring", bytes_per_second=1, latency_seconds=0.5, source="invented")
+    sums = evolve(ring, in_network_reduction=True)
+    assert all_reduce_seconds(16, 8, ring) == 14 * 0.5 + 28
+    assert all_reduce_seconds(16, 8, sums) == 2 * 0.5 + 16
+    assert all_reduce_seconds(16, 2, sums) == 2 * 0.5 + 16  # of two ranks a ring does as well
+    for kind in ("all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"):
+        assert collective_seconds(kind, 16, 8, sums) == collective_seconds(kind, 16, 8, ring)
+
+
+def test_a_group_over_nodes_needs_both_levels_to_sum() -> None:
+    """Two nodes of eight: with summing switches in the node or in the network alone, it stays a ring."""
+    cluster = ClusterSpec.parse("h100:2x8")
+    for intra, inter in product((False, True), repeat=2):
+        made = evolve(
+            cluster,
+            intra_node=evolve(cluster.intra_node, in_network_reduction=intra),
+            inter_node=evolve(cluster.inter_node, in_network_reduction=inter),
+        )
+        assert group_link(made, range(16)).in_network_reduction == (intra and inter)
+        assert group_link(made, range(8)).in_network_reduction == intra
+        assert group_link(made, (0, 8)).in_network_reduction == inter

@@ -1,9 +1,12 @@
 """Collectives over columns, by hand and beside the scalar functions."""
 
+from itertools import product
+
 import numpy as np
 import pytest
+from attrs import evolve
 
-from picotron.planner.cluster import ClusterSpec
+from picotron.planner.cluster import ClusterSpec, group_link
 from picotron.planner.collectives import collective_seconds
 from picotron.planner.network import (
     Group,
@@ -76,3 +79,25 @@ def test_axes_outside_of_a_node_have_one_rank_in_it() -> None:
     data, context = (group(cases, getattr(cases.layout, axis), step[axis]) for axis in ("dp", "cp"))
     both = joined(data, context)
     assert (data.inside, context.inside, both.inside, both.size) == (1, 2, 2, 8)
+
+
+def test_columns_of_switches_that_sum_are_the_scalar_ones() -> None:
+    """In a node, between nodes of one rank, and over both levels, where both must sum."""
+    for intra, inter in product((0.0, 1.0), repeat=2):
+        machine = evolve(CASES.machine, intra_reduces=np.asarray(intra), inter_reduces=np.asarray(inter))
+        link = links(evolve(CASES, machine=machine), IDEAL)
+        for ranks, where in (
+            (range(8), NODE),
+            ((0, 8), Group(size=np.asarray(2.0), inside=np.asarray(1.0))),
+            (range(16), Group(size=np.asarray(16.0), inside=np.asarray(8.0))),
+        ):
+            cluster = ClusterSpec.preset("h100", nodes=2)
+            cluster = evolve(
+                cluster,
+                intra_node=evolve(cluster.intra_node, in_network_reduction=bool(intra)),
+                inter_node=evolve(cluster.inter_node, in_network_reduction=bool(inter)),
+            )
+            scalar = collective_seconds("all_reduce", 2**30, len(ranks), group_link(cluster, ranks))
+            assert all_reduce_seconds(link, BYTES, where) == pytest.approx(
+                scalar, rel=5e-3
+            )  # latencies apart
