@@ -145,7 +145,7 @@ def test_the_planner_refuses_what_cannot_end(schedule: Schedule, seed: int, pree
 
 def unchecked() -> AbstractContextManager[object]:
     """A context in which ``lower`` refuses nothing: each channel holds one message."""
-    return mock.patch("picotron.planner.lower.send_depths", _one_each)
+    return mock.patch("picotron.planner.transfers.send_depths", _one_each)
 
 
 def _one_each(_: Schedule, sent: Messages) -> np.ndarray:

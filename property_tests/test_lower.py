@@ -278,7 +278,7 @@ def test_one_send_less_in_flight_holds_somebody_up(schedule: Schedule, data: st.
     less[data.draw(st.sampled_from(several))] -= 1
     priced = unit_costs(schedule.num_stages)
     free = program_times(with_transfers(schedule, 4), priced)
-    with mock.patch("picotron.planner.lower.send_depths", lambda *_: less):
+    with mock.patch("picotron.planner.transfers.send_depths", lambda *_: less):
         program = with_transfers(schedule, 4)
     posted = program.is_kind(*SENDS)
     try:

@@ -134,9 +134,9 @@ def test_what_does_not_come_back_was_said(drawn: TrainingPlan, mode: str, zero_s
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=12).map(tuple))
 def test_stages_come_back_from_their_layout(layers: tuple[int, ...]) -> None:
     """A layout unrolled has the layers of each stage."""
-    from picotron.planner.megatron_import import _from_layout
+    from picotron.planner.megatron_read_layout import stages_of_layout
 
-    assert _from_layout(stage_layout(layers), sum(layers), 1) == (len(layers), layers)
+    assert stages_of_layout(stage_layout(layers), sum(layers), 1) == (len(layers), layers)
 
 
 @given(st.text(alphabet="-a b'\"$({})[]@|;&#=\\\n0*+:", max_size=60) | st.text(max_size=40))

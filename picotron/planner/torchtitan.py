@@ -25,7 +25,7 @@ from typing import Any
 from attrs import frozen
 
 from picotron.errors import PlanError
-from picotron.planner.megatron import Note, Unexpressed, same_order, stage_slices
+from picotron.planner.exported import FEWEST_STEPS, Note, Unexpressed, same_order, stage_slices
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import schedule_to_csv
 from picotron.planner.plan import TrainingPlan
@@ -61,7 +61,6 @@ FLAVORS: Mapping[tuple[str, str], tuple[int, ...]] = {
 }
 _NAMES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3", "deepseek_v3": "deepseek_v3"}
 CSV_NAME = "schedule.csv"
-FEWEST_STEPS = 100  # where neither the plan nor the caller says how many there are
 
 Setting = tuple[str, str, Any]  # section, key, value
 Part = Setting | Unexpressed | Note

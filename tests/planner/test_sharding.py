@@ -186,7 +186,7 @@ def test_what_cannot_be_shared_is_refused(asked: dict[str, Any], words: str) -> 
 
 def test_too_many_reductions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bucket in every microbatch may be more rows than can be kept."""
-    monkeypatch.setattr("picotron.planner.lower.MAX_REDUCTIONS", 10)
+    monkeypatch.setattr("picotron.planner.reductions.MAX_REDUCTIONS", 10)
     with pytest.raises(PlanError, match="at most 10 rows, got more; raise bucket_bytes"):
         _plan(2, batch=4, zero_stage=2, bucket_bytes=1).program()
 

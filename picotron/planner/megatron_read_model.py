@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from picotron.errors import PlanError
+from picotron.planner.expressions import expression
 from picotron.planner.megatron_flags import Given
-from picotron.planner.megatron_text import expression
-from picotron.planner.model import MOST_PARTS, Experts, LatentAttention, ModelSpec, RopeScaling
+from picotron.planner.megatron_read_family import read_family
+from picotron.planner.model import MOST_PARTS, Experts, LatentAttention, ModelSpec
 
 REFUSED = {  # flag: what it asks for
     "hybrid-layer-pattern": "layers of several kinds",
@@ -45,25 +46,14 @@ VOCABULARIES = {"GPT2BPETokenizer": 50_257, "Llama2Tokenizer": 32_000}  # of tok
 
 def read_model(flags: Given, *, tp: int, seq_len: int, vocab_size: int | None, name: str) -> ModelSpec:
     """The model. Raises PlanError, naming the flag, for one that no ``ModelSpec`` can say."""
-    for flag, what in REFUSED.items():
-        if flags.has(flag) and flags.words(flag) not in (("0",), ("None",)):
-            raise PlanError(
-                f"--{flag} asks for {what}, which no model of a plan has; leave it out to price the rest"
-            )
-    for flag, how in NOTED.items():
-        if flags.has(flag) and flags.words(flag) not in (("0",), ("None",)):
-            flags.note(f"--{flag}: {how}")
+    _refuse_and_note(flags)
     hidden = flags.integer("hidden-size")
     layers = flags.integer("num-layers", "encoder-num-layers")
     if layers > MOST_PARTS:
         raise PlanError(f"--num-layers must be at most {MOST_PARTS:,}, got {layers:,}")
     heads = flags.integer("num-attention-heads")
     gated = _activation(flags)
-    positions = flags.integer("max-position-embeddings")
-    if positions < seq_len:
-        raise PlanError(
-            f"--max-position-embeddings must be at least --seq-length, got {positions} and {seq_len}"
-        )
+    positions = _positions(flags, seq_len)
     inner = flags.integer("ffn-hidden-size", default=int(8 * hidden / 3 / 64) * 64 if gated else 4 * hidden)
     latent = _latent(flags)
     experts = _experts(flags, layers, inner)
@@ -83,7 +73,33 @@ def read_model(flags: Given, *, tp: int, seq_len: int, vocab_size: int | None, n
         "gated_mlp": gated,
         "activation": _activation_name(flags),
     }
-    return ModelSpec(**sizes, **_family(flags, sizes, latent, experts))
+    return ModelSpec(**sizes, **read_family(flags, sizes, latent, experts))
+
+
+def _refuse_and_note(flags: Given) -> None:
+    """Raise PlanError for what would change the price; note what is read otherwise."""
+
+    def asked(flag: str) -> bool:
+        return flags.has(flag) and flags.words(flag) not in (("0",), ("None",))
+
+    for flag, what in REFUSED.items():
+        if asked(flag):
+            raise PlanError(
+                f"--{flag} asks for {what}, which no model of a plan has; leave it out to price the rest"
+            )
+    for flag, how in NOTED.items():
+        if asked(flag):
+            flags.note(f"--{flag}: {how}")
+
+
+def _positions(flags: Given, seq_len: int) -> int:
+    """Positions that the model is built for: at least those that are trained."""
+    positions = flags.integer("max-position-embeddings")
+    if positions < seq_len:
+        raise PlanError(
+            f"--max-position-embeddings must be at least --seq-length, got {positions} and {seq_len}"
+        )
+    return positions
 
 
 def _activation(flags: Given) -> bool:
@@ -191,149 +207,3 @@ def _dense_layers(flags: Given, layers: int) -> tuple[int, ...]:
     if len(pattern) != layers or any(kind not in (0, 1) for kind in pattern):
         raise PlanError(f"--moe-layer-freq must give each of {layers} layers a 0 or a 1, got {text!r}")
     return tuple(layer for layer, sparse in enumerate(pattern) if not sparse)
-
-
-def _family(
-    flags: Given, sizes: dict[str, Any], latent: LatentAttention | None, experts: Experts | None
-) -> dict[str, Any]:
-    """The family, and the fields that it decides: norm, positions, biases."""
-    norm = flags.choice("normalization", ("RMSNorm", "LayerNorm"), "LayerNorm")
-    kind = _position_kind(flags)
-    if not sizes["gated_mlp"]:
-        if experts or latent or sizes["num_kv_heads"] != sizes["num_heads"]:
-            raise PlanError(
-                "an MLP without a gate must come with plain attention: no model of a plan has it beside "
-                "experts, latent attention or grouped queries; give --swiglu to price the gated one"
-            )
-        return _gpt2(flags, sizes, norm, kind)
-    if norm != "RMSNorm":
-        flags.note("--normalization LayerNorm: read as RMSNorm, which costs about as much")
-    if kind != "rotary":
-        flags.note("positions other than rotary are read as rotary")
-    rope: dict[str, Any] = {
-        "norm": "rms",
-        "rope_theta": flags.number("rotary-base", default=1e4) or 1e4,
-        "rope_scaling": _scaling(flags, latent),
-    }
-    if experts is None and latent is None:
-        return {**rope, **_dense(flags)}
-    if latent and experts is None:
-        raise PlanError(
-            "--multi-latent-attention must come with --num-experts: no model of a plan has it alone"
-        )
-    _check_no_biases(flags)
-    return {**rope, **_sparse(flags, latent, experts)}
-
-
-def _position_kind(flags: Given) -> str:
-    kinds = ("learned_absolute", "rope", "yarn", "mrope", "relative", "none")
-    rotary = flags.has("use-rotary-position-embeddings")
-    kind = flags.choice("position-embedding-type", kinds, "rope" if rotary else "learned_absolute")
-    flags.has("no-position-embedding")
-    if flags.number("rotary-percent", default=1.0) != 1.0:
-        flags.note("--rotary-percent: all of a head is read as rotated, which costs about as much")
-    return "rotary" if kind in ("rope", "yarn", "mrope") else kind
-
-
-def _gpt2(flags: Given, sizes: dict[str, Any], norm: str, kind: str) -> dict[str, Any]:
-    """The one family without a gate: LayerNorm, learned positions and biases everywhere."""
-    if sizes["num_heads"] * sizes["head_dim"] != sizes["hidden_size"]:
-        raise PlanError(
-            f"--kv-channels must be --hidden-size / --num-attention-heads in a model without a gate, "
-            f"got {sizes['head_dim']}"
-        )
-    if norm != "LayerNorm":
-        flags.note(
-            "--normalization RMSNorm without a gated MLP: read as LayerNorm, which costs about as much"
-        )
-    if kind != "learned_absolute":
-        flags.note("positions other than learned are read as learned, where the MLP has no gate")
-    if flags.has("disable-bias-linear"):
-        flags.note("--disable-bias-linear: biases are counted where the MLP has no gate, which costs little")
-    for flag in ("rotary-base", "rotary-seq-len-interpolation-factor", "add-qkv-bias"):
-        flags.has(flag)
-    if flags.has("qk-layernorm"):
-        flags.note("--qk-layernorm: norms of queries and keys are not counted where the MLP has no gate")
-    biases = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), True)
-    return {"family": "gpt2", "norm": "layer", "rope_theta": None, **biases}
-
-
-def _dense(flags: Given) -> dict[str, Any]:
-    """llama, qwen2 or qwen3, by norms of queries and keys and by biases."""
-    whole, queries = not flags.has("disable-bias-linear"), flags.has("add-qkv-bias")
-    if flags.has("qk-layernorm"):
-        if whole:
-            flags.note("biases of the MLP are not counted beside norms of queries and keys")
-        elif queries:
-            flags.note("--add-qkv-bias beside --qk-layernorm: the output projection is read with a bias too")
-        return {
-            "family": "qwen3",
-            "qk_norm": True,
-            **dict.fromkeys(("qkv_bias", "output_bias"), whole or queries),
-        }
-    if queries and not whole:
-        return {"family": "qwen2", "qkv_bias": True}
-    return {"family": "llama", **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), whole)}
-
-
-def _check_no_biases(flags: Given) -> None:
-    if not flags.has("disable-bias-linear") or flags.has("add-qkv-bias"):
-        flags.note("biases beside experts are not counted (--disable-bias-linear says that there are none)")
-
-
-def _sparse(flags: Given, latent: LatentAttention | None, experts: Experts | None) -> dict[str, Any]:
-    """deepseek_v3, qwen3_moe or mixtral; which differ in attention, shared experts and routing."""
-    assert experts
-    if latent:
-        if experts.score_function != "sigmoid":
-            raise PlanError(
-                "--moe-router-score-function must be sigmoid beside --multi-latent-attention: "
-                "no model of a plan has another"
-            )
-        flags.has("moe-router-enable-expert-bias", "moe-router-pre-softmax", "moe-router-bias-update-rate")
-        return {"family": "deepseek_v3", "latent_attention": latent, "experts": experts}
-    for flag, value, plain in (
-        ("moe-shared-expert-intermediate-size", experts.shared_intermediate_size, 0),
-        ("moe-router-num-groups", experts.num_groups, 1),
-        ("moe-router-topk-scaling-factor", experts.routed_scale, 1.0),
-        ("moe-router-score-function", experts.score_function, "softmax"),
-    ):
-        if value != plain:
-            raise PlanError(
-                f"--{flag} must be {plain} without --multi-latent-attention, got {value}: "
-                "no model of a plan has it otherwise"
-            )
-    norms = flags.has("qk-layernorm")
-    if norms or experts.dense_layers or not experts.normalize_scores:
-        if not norms:
-            flags.note("experts of this kind are read with norms of queries and keys, which cost little")
-        return {"family": "qwen3_moe", "qk_norm": True, "experts": experts}
-    return {"family": "mixtral", "experts": experts}
-
-
-def _scaling(flags: Given, latent: LatentAttention | None) -> RopeScaling | None:
-    """Rotary scaling; what a plan's price does not see, and a round trip does."""
-    kind = flags.choice("rope-type", ("rope", "yarn"), "yarn" if latent else "rope")
-    factor = flags.number("rotary-scaling-factor", default=1.0)
-    if flags.text("position-embedding-type") == "yarn" or (latent and kind == "yarn" and factor != 1):
-        scales = (flags.number("mscale", default=1.0), flags.number("mscale-all-dim", default=0.0))
-        return RopeScaling(
-            kind="yarn",
-            factor=factor or 1.0,
-            original_max_positions=flags.integer("yarn-original-max-position-embeddings", default=4096),
-            beta_fast=flags.number("yarn-beta-fast", default=32.0) or 32.0,
-            beta_slow=flags.number("yarn-beta-slow", default=1.0) or 1.0,
-            truncate=not flags.has("no-yarn-correction-range-round-to-int"),
-            mscale=scales[0] if all(scales) else None,
-            mscale_all_dim=scales[1] if all(scales) else None,
-        )
-    if flags.has("use-rope-scaling"):
-        return RopeScaling(
-            kind="llama3",
-            factor=flags.number("rope-scaling-factor", default=8.0) or 8.0,
-            original_max_positions=8192,
-        )
-    if flags.has("rotary-seq-len-interpolation-factor"):
-        stretch = flags.integer("rotary-seq-len-interpolation-factor")
-        return RopeScaling(kind="linear", factor=float(stretch))
-    return None
