@@ -195,6 +195,20 @@ def test_a_bound_is_never_above_what_it_bounds(request, random):
 
 @settings(max_examples=MANY // 2)
 @given(requests(), st.randoms(use_true_random=False))
+def test_more_offload_takes_no_less_and_holds_no_more(request, random):
+    """So the least share of a domain bounds the seconds of the others, and the greatest their bytes."""
+    rows, prices = every_candidate(request.space()), request.prices()
+    rows = taken(rows, np.array(random.sample(range(length(rows)), min(100, length(rows)))))
+    shares = [rows | {"offload": np.full(length(rows), share)} for share in (0.0, 0.3, 0.6, 1.0)]
+    seconds = [np.broadcast_to(prices.seconds(some).step_seconds, length(rows)) for some in shares]
+    size = [np.broadcast_to(prices.memory(some).reserved_bytes, length(rows)) for some in shares]
+    for less, more in zip(range(3), range(1, 4), strict=True):
+        assert (seconds[less] <= seconds[more] * (1 + TIE)).all()
+        assert (size[less] >= size[more] * (1 - TIE)).all()
+
+
+@settings(max_examples=MANY // 2)
+@given(requests(), st.randoms(use_true_random=False))
 def test_prices_do_not_depend_on_the_shape_of_the_block(request, random):
     """A candidate costs the same in a block of many axes as in a plain row of candidates."""
     space, prices = request.space(), request.prices()

@@ -29,6 +29,12 @@ or not; launches would lengthen it too, and are left out, as they might hide wha
 *Seconds*, of all that differ in recomputation and offload alone. Recomputing adds work to every microbatch,
 and as above lets no more hide than it adds; offloading only adds. The estimate without both, and without
 launches, is a bound.
+
+*Of all that differ in offload alone.* Its only part in the seconds is a cause of its own, that of what does
+not hide behind computing, which grows with the share: with the least share a step is shortest. Its only part
+in the bytes are the saved tensors in flight, and what these grow by before weight gradients, which shrink as
+the share grows (of what stands, s, a share x leaves and at most two of s come back: s(1-x) + 2 min(s, one),
+or s where that is less): with the greatest share least is held.
 """
 
 from __future__ import annotations

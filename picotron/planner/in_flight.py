@@ -68,7 +68,7 @@ def in_flight(cases: Cases, position: Column) -> InFlight:
         sizes = np.broadcast_arrays(m, p, v, s, chosen)
         whole, split = np.empty(sizes[0].shape), np.empty(sizes[0].shape)
         for number in present:
-            here = np.flatnonzero(sizes[-1] == number)
+            here = sizes[-1] == number
             whole[here], split[here] = _HELD[SCHEDULE_NAMES[number]](*(size[here] for size in sizes[:-1]))
     every = m * v
     whole = np.minimum(every, whole)

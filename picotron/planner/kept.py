@@ -35,7 +35,7 @@ class Kept:
     _front_seconds: np.ndarray = field(init=False, factory=lambda: np.zeros(0))
     _front_bytes: np.ndarray = field(init=False, factory=lambda: np.zeros(0))
     _slowest: float = field(init=False, default=np.inf)  # of the fastest that are kept
-    _horizon: float = field(init=False, default=np.inf)
+    horizon: float = field(init=False, default=np.inf)  # what is slower has no place on the front
 
     def add(self, rows: Rows, seconds: np.ndarray, size: np.ndarray) -> None:
         """Take in candidates that fit."""
@@ -51,7 +51,7 @@ class Kept:
         if len(fastest) == self.wanted.keep:
             self._slowest = float(self.seconds[fastest[-1]])
         if len(fastest):
-            self._horizon = float(self.seconds[fastest[0]]) * self.wanted.reach
+            self.horizon = float(self.seconds[fastest[0]]) * self.wanted.reach
         self.rows = taken(self.rows, which)
         self.seconds, self.bytes = self.seconds[which], self.bytes[which]
 
@@ -59,7 +59,7 @@ class Kept:
         """Whether candidates that take and hold at least so much may be kept; any shapes that broadcast."""
         at = np.searchsorted(-self._front_bytes, -np.asarray(size), side="left")
         quickest = np.append(self._front_seconds, np.inf)[at]  # of those that hold no more
-        ceiling = np.maximum(np.minimum(quickest, self._horizon), self._slowest) * (1 + TIE)
+        ceiling = np.maximum(np.minimum(quickest, self.horizon), self._slowest) * (1 + TIE)
         matters: np.ndarray = (size <= self.wanted.limit_bytes) & (seconds <= ceiling)
         return matters
 

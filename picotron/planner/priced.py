@@ -61,41 +61,8 @@ class Prices:
         return estimate_seconds(self.cases(rows), constants, mean_layers=mean_layers)
 
     def memory(self, rows: Rows, *, num_microbatches: int | None = None) -> MemoryEstimate:
-        """The bytes of every row. In a block of several axes schedules are priced one after another."""
-        schedule = np.asarray(rows["schedule"])
-        if schedule.ndim <= 1 or (schedule == schedule.flat[0]).all():
-            return estimate_bytes(self.cases(rows, num_microbatches=num_microbatches))
-        axis = int(np.argmax(schedule.shape))
-        kinds, found = schedule.ravel(), {}
-        for kind in np.unique(kinds):
-            own = np.flatnonzero(kinds == kind)
-            part = {name: _along(np.asarray(column), own, axis) for name, column in rows.items()}
-            found[kind] = own, estimate_bytes(self.cases(part, num_microbatches=num_microbatches))
-        first = next(iter(found.values()))[1]
-        names = (*first.classes, "rank")
-        columns = {
-            name: _merged([(own, _column(one, name)) for own, one in found.values()], axis) for name in names
-        }
-        return MemoryEstimate(rank=columns.pop("rank"), classes=columns)
-
-
-def _column(estimate: MemoryEstimate, name: str) -> np.ndarray:
-    return estimate.rank if name == "rank" else estimate.classes[name]
-
-
-def _along(column: np.ndarray, which: np.ndarray, axis: int) -> np.ndarray:
-    """Some places along an axis, where the column has it."""
-    return column.take(which, axis=axis) if column.ndim > axis and column.shape[axis] > 1 else column
-
-
-def _merged(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
-    """Columns of some places each along an axis, put together."""
-    shape = list(np.broadcast_shapes(*(np.delete(column.shape, axis) for _, column in parts)))
-    shape.insert(axis, sum(len(own) for own, _ in parts))
-    found = np.empty(shape)
-    for own, column in parts:
-        found[(slice(None),) * axis + (own,)] = column
-    return found
+        """The bytes of every row."""
+        return estimate_bytes(self.cases(rows, num_microbatches=num_microbatches))
 
 
 def prices(space: Space, software: SoftwareColumns) -> Prices:

@@ -20,7 +20,6 @@ from picotron.planner.misfit import refusal
 from picotron.planner.priced import Prices
 from picotron.planner.search_result import Counts
 from picotron.planner.space import (
-    CHOICES,
     Shardings,
     Space,
     cells,
@@ -34,8 +33,8 @@ from picotron.planner.space import (
 )
 
 BLOCK_ROWS = 100_000  # of columns made at once
-PROBED_BODIES = 96  # the most promising, looked at first
-PROBED_LEAVES = 384
+PROBED_CELLS = 64  # the most promising, looked at first
+PROBED_SIZES = 10  # parts of the front, and cells looked at of each
 
 Progress = Callable[[str], None]
 
@@ -82,7 +81,8 @@ class _Leaves:
     body: np.ndarray
     schedule: np.ndarray
     way: np.ndarray
-    seconds: np.ndarray  # a bound on each
+    seconds: np.ndarray  # bounds on each
+    bytes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.body)
@@ -93,6 +93,7 @@ class _Leaves:
             schedule=self.schedule[which],
             way=self.way[which],
             seconds=self.seconds[which],
+            bytes=self.bytes[which],
         )
 
 
@@ -109,6 +110,7 @@ class _Walk:
     modes: np.ndarray = field(init=False)
     tables: dict[int, Rows] = field(init=False, factory=dict)
     bodies: Rows = field(init=False)
+    cell: np.ndarray = field(init=False)  # of each body
     alike: np.ndarray = field(init=False)  # bodies that differ in the order of axes alone have one number
     ways: Shardings = field(init=False)
     standing: np.ndarray = field(init=False)  # [body, way], infinite where there is no such way
@@ -153,7 +155,7 @@ class _Walk:
             some = Shardings(zero_stage=ways.zero_stage, shard=ways.shard[part], valid=ways.valid[part])
             found[part] = standing_bytes(self.priced, taken(roots, part), some)
         cell = self.bodies.pop("cell")
-        self.alike = 2 * cell + self.bodies["sequence_parallel"]
+        self.cell, self.alike = cell, 2 * cell + self.bodies["sequence_parallel"]
         self.standing = np.where(ways.valid, found, np.inf)[cell]
         self.ways = Shardings(zero_stage=ways.zero_stage, shard=ways.shard[cell], valid=ways.valid[cell])
 
@@ -169,26 +171,60 @@ class _Walk:
         return found
 
     def _probe(self, left: np.ndarray, fits: np.ndarray) -> None:
-        """Look at the most promising bodies of each pipeline depth, to have something to cut by."""
-        best, least = [], self.floor.min(axis=1)
-        for pp in self.tables:
-            own = left[self.bodies["pp"][left] == pp]
-            best.append(own[np.argsort(least[own], kind="stable")[: PROBED_BODIES // 2]])
-        ordered = left[np.argsort(least[left], kind="stable")[:PROBED_BODIES]]
-        chosen = np.unique(np.concatenate([*best, ordered])) if best else ordered
-        leaves = list(self._under(chosen, fits, None))
-        if not leaves:
-            return
-        found = _joined(leaves)
-        size = self.standing[found.body, found.way]
-        picked: list[np.ndarray] = []
-        for way in range(len(self.ways.zero_stage)):
-            own = np.flatnonzero(found.way == way)
-            picked.append(own[np.argsort(found.seconds[own], kind="stable")[: PROBED_LEAVES // 4]])
-        by_size = np.argsort(size, kind="stable")
-        for some in np.array_split(by_size, 8):
-            picked.append(some[np.argsort(found.seconds[some], kind="stable")[: PROBED_LEAVES // 8]])
-        self._finish(found.taken(np.unique(np.concatenate(picked))), None)
+        """Look at promising cells, to have something to cut by.
+
+        First at those that promise to be fastest, until as many as are to be kept have a plan that fits; then
+        along the front, at those that do of the smallest, of the next smallest, and so on.
+        """
+        bodies, seconds = self._scheduled(left)
+        wanted = self.kept.wanted
+        for part in _parts(bodies, max(PROBED_CELLS, 2 * wanted.keep)):
+            self._look(part, fits)
+            if len(self.kept.fastest()) == wanted.keep:
+                break
+        near = bodies[seconds <= self.kept.horizon]
+        smallest = near[np.argsort(self.standing[near].min(axis=1), kind="stable")]
+        rank = np.empty(len(self.standing))
+        rank[bodies] = np.arange(len(bodies))
+        some = [
+            part[np.argsort(rank[part])[:PROBED_SIZES]] for part in np.array_split(smallest, PROBED_SIZES)
+        ]
+        self._look(np.concatenate(some), fits)
+
+    def _scheduled(self, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each cell the body with the least bound and what it promises, the fastest first.
+
+        It is scheduled with as many stages a rank as can be.
+        """
+        least = self.floor[left].min(axis=1)
+        order = np.lexsort((least, self.cell[left]))
+        first = order[np.diff(self.cell[left][order], prepend=-1) != 0]
+        bodies, least = left[first], least[first]
+        seconds = np.full(len(bodies), np.inf)
+        for pp, table in self.tables.items():
+            own = np.flatnonzero(self.bodies["pp"][bodies] == pp)
+            if not (len(own) and length(table)):
+                continue
+            last = np.diff(table["schedule"], append=-1) != 0
+            step, pipeline = schedule_seconds(
+                self.priced, taken(self.bodies, bodies[own]), taken(table, last)
+            )
+            seconds[own] = np.maximum(step, least[own, None] + pipeline).min(axis=1)
+        order = np.argsort(seconds, kind="stable")
+        return bodies[order], seconds[order]
+
+    def _look(self, bodies: np.ndarray, fits: np.ndarray) -> None:
+        """Evaluate the most promising leaf of each body and way to shard."""
+        leaves = list(self._under(np.sort(bodies), fits, None))
+        if leaves:
+            self._finish(self._promising(_joined(leaves)), None)
+
+    def _promising(self, leaves: _Leaves) -> _Leaves:
+        """Of each body the most promising leaf of each way to shard."""
+        ways = len(self.ways.zero_stage)
+        order = np.argsort(leaves.seconds, kind="stable")
+        _, first = np.unique((leaves.body * ways + leaves.way)[order], return_index=True)
+        return leaves.taken(order[first])
 
     def _under(self, chosen: np.ndarray, fits: np.ndarray, tally: _Tally | None) -> Iterator[_Leaves]:
         """The leaves under some bodies that may matter."""
@@ -212,7 +248,13 @@ class _Walk:
             tally.cut_by_time += (every - int(live.sum())) * len(self.modes)
             self._say(tally)
         body, schedule, way = np.nonzero(live)
-        return _Leaves(body=part[body], schedule=schedule, way=way, seconds=seconds[body, schedule, way])
+        return _Leaves(
+            body=part[body],
+            schedule=schedule,
+            way=way,
+            seconds=seconds[body, schedule, way],
+            bytes=size[body, way],
+        )
 
     def _rows(self, leaves: _Leaves) -> Rows:
         """Every choice of some leaves but recomputation and offload."""
@@ -230,7 +272,7 @@ class _Walk:
     def _finish(self, leaves: _Leaves, tally: _Tally | None) -> None:
         """Bound each leaf by itself, then evaluate what is left, the most promising first."""
         if self.bounded:
-            leaves = self._bounded(leaves, tally)
+            leaves = self._timed(self._sized(leaves, tally), tally)
             leaves = leaves.taken(np.argsort(leaves.seconds, kind="stable"))
         done, size = 0, 256 if self.bounded else BLOCK_ROWS // len(self.modes)
         while done < len(leaves):
@@ -238,67 +280,94 @@ class _Walk:
             done += size
             size = min(4 * size, max(1, BLOCK_ROWS // len(self.modes)))
             if self.bounded:
-                matters = self.kept.may_matter(some.seconds, self.standing[some.body, some.way])
-                if tally is not None:
-                    tally.cut_by_time += int(np.count_nonzero(~matters)) * len(self.modes)
-                some = some.taken(np.flatnonzero(matters))
+                some = self._mattering(some, tally)
             if len(some):
                 self._evaluate(some, tally)
 
-    def _bounded(self, leaves: _Leaves, tally: _Tally | None) -> _Leaves:
+    def _mattering(self, leaves: _Leaves, tally: _Tally | None) -> _Leaves:
+        """The leaves that may be kept, as far as their bounds tell."""
+        matters = self.kept.may_matter(leaves.seconds, leaves.bytes)
+        if tally is not None:
+            self._cut(np.repeat(leaves.bytes[~matters], len(self.modes)), tally)
+            self._say(tally)
+        return leaves.taken(np.flatnonzero(matters))
+
+    def _sized(self, leaves: _Leaves, tally: _Tally | None) -> _Leaves:
+        """The leaves that may still matter by the least bytes of their recomputations.
+
+        Those with the most offload stand for the others, which hold no less (``bounds``).
+        """
+        least = self.modes[self.modes[:, 2] == self.modes[:, 2].max()]
+        found = []
+        for part in _parts(np.arange(len(leaves)), BLOCK_ROWS // len(least)):
+            some = leaves.taken(part)
+            some.bytes = self._bytes(some, least).min(axis=1)
+            found.append(self._mattering(some, tally))
+        return _joined(found) if found else leaves
+
+    def _timed(self, leaves: _Leaves, tally: _Tally | None) -> _Leaves:
         """The leaves that may still matter when each is estimated without recomputation and offload."""
         found = []
         order = np.argsort(leaves.seconds, kind="stable")
         for part in _parts(order, BLOCK_ROWS // 8):
             some = leaves.taken(part)
             some.seconds = sharded_seconds(self.priced, self._rows(some))
-            matters = self.kept.may_matter(some.seconds, self.standing[some.body, some.way])
-            if tally is not None:
-                tally.cut_by_time += int(np.count_nonzero(~matters)) * len(self.modes)
-                self._say(tally)
-            found.append(some.taken(np.flatnonzero(matters)))
+            found.append(self._mattering(some, tally))
         return _joined(found) if found else leaves
 
     def _evaluate(self, leaves: _Leaves, tally: _Tally | None) -> None:
-        """Price every recomputation and offload of some leaves, bytes first, and keep what is good."""
+        """Price the recomputations and offloads of some leaves, bytes first, and keep what is good.
+
+        The steps with the least offload are bounds for the others (``bounds``).
+        """
         limit = self.kept.wanted.limit_bytes
-        size = self._bytes(leaves)
+        size = self._bytes(leaves, self.modes)
         if self.bounded:
             useful = self.kept.may_matter(leaves.seconds[:, None], size).any(axis=1)
             if tally is not None:
-                beyond = int(np.count_nonzero(size[~useful] > limit))
-                tally.cut_by_memory += beyond
-                tally.cut_by_time += size[~useful].size - beyond
+                self._cut(size[~useful], tally)
             leaves, size = leaves.taken(np.flatnonzero(useful)), size[useful]
         if not len(leaves):
             return
-        grid, shape = self._grid(leaves)
-        seconds = np.broadcast_to(self.priced.seconds(grid).step_seconds, shape).ravel()
-        size = size.ravel()
-        which = np.flatnonzero((size <= limit) & self.kept.may_matter(seconds, size))
-        every = {name: np.broadcast_to(grid[name], shape).ravel()[which] for name in CHOICES}
-        self.kept.add(every, seconds[which], size[which])
+        plain = self.modes[:, 2] == self.modes[:, 2].min()
+        seconds = np.full(size.shape, np.inf)
+        grid, shape = self._grid(leaves, self.modes[plain])
+        seconds[:, plain] = np.broadcast_to(self.priced.seconds(grid).step_seconds, shape)[0]
+        least = np.repeat(seconds[:, plain], len(self.modes) // plain.sum(), axis=1)  # offloads lie together
+        matters = self.kept.may_matter(least, size) if self.bounded else np.ones(size.shape, dtype=bool)
+        leaf, mode = np.nonzero(matters & ~plain)
+        if len(leaf):
+            rows = self._rows(leaves.taken(leaf)) | _with_modes(self.modes[mode])
+            seconds[leaf, mode] = self.priced.seconds(along(rows, 1, 2)).step_seconds[0]
+        leaf, mode = np.nonzero((size <= limit) & self.kept.may_matter(seconds, size))
+        rows = self._rows(leaves.taken(leaf)) | _with_modes(self.modes[mode])
+        self.kept.add(rows, seconds[leaf, mode], size[leaf, mode])
         if tally is not None:
-            tally.evaluated += len(seconds)
-            tally.fit += int(np.count_nonzero(size <= limit))
+            priced = seconds < np.inf
+            tally.evaluated += int(np.count_nonzero(priced))
+            tally.fit += int(np.count_nonzero(priced & (size <= limit)))
+            self._cut(size[~priced], tally)
             self._say(tally)
 
-    def _bytes(self, leaves: _Leaves) -> np.ndarray:
+    def _cut(self, size: np.ndarray, tally: _Tally) -> None:
+        """Count candidates of known bytes as cut: by memory if these are too many, else by time."""
+        beyond = int(np.count_nonzero(size > self.kept.wanted.limit_bytes))
+        tally.cut_by_memory += beyond
+        tally.cut_by_time += size.size - beyond
+
+    def _bytes(self, leaves: _Leaves, modes: np.ndarray) -> np.ndarray:
         """Bytes of the fullest device, [leaf, mode]; the order of axes has no part in them."""
         key = np.stack([self.alike[leaves.body], leaves.schedule, leaves.way])
         sizes = key.max(axis=1, initial=0) + 1
         _, first, which = np.unique(np.ravel_multi_index(key, sizes), return_index=True, return_inverse=True)
-        grid, shape = self._grid(leaves.taken(first))
+        grid, shape = self._grid(leaves.taken(first), modes)
         found: np.ndarray = np.broadcast_to(self.priced.memory(grid).reserved_bytes, shape)[0][which]
         return found
 
-    def _grid(self, leaves: _Leaves) -> tuple[Rows, tuple[int, ...]]:
-        """Every recomputation and offload of some leaves: columns of shape (1, leaf, mode)."""
-        modes = {
-            name: self.modes[None, None, :, column]
-            for column, name in enumerate(("recompute", "recompute_layers", "offload"))
-        }
-        return along(self._rows(leaves), 1, 3) | modes, (1, len(leaves), len(self.modes))
+    def _grid(self, leaves: _Leaves, modes: np.ndarray) -> tuple[Rows, tuple[int, ...]]:
+        """Some leaves with each of some recomputations and offloads: columns of shape (1, leaf, mode)."""
+        rows = along(self._rows(leaves), 1, 3) | along(_with_modes(modes), 2, 3)
+        return rows, (1, len(leaves), len(modes))
 
     def _say(self, tally: _Tally) -> None:
         """Tell how far the walk is, each time that another tenth is covered."""
@@ -314,10 +383,16 @@ def _parts(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield indices[start : start + max(1, size)]
 
 
+def _with_modes(modes: np.ndarray) -> Rows:
+    """Columns of some recomputations and offloads."""
+    return dict(zip(("recompute", "recompute_layers", "offload"), modes.T, strict=True))
+
+
 def _joined(leaves: list[_Leaves]) -> _Leaves:
     return _Leaves(
         body=np.concatenate([one.body for one in leaves]),
         schedule=np.concatenate([one.schedule for one in leaves]),
         way=np.concatenate([one.way for one in leaves]),
         seconds=np.concatenate([one.seconds for one in leaves]),
+        bytes=np.concatenate([one.bytes for one in leaves]),
     )

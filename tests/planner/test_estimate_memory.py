@@ -223,6 +223,23 @@ def test_in_flight_of_1f1b_with_few_microbatches() -> None:
     assert [float(in_flight(made, np.float64(rank)).whole) for rank in range(4)] == [3, 3, 2, 1]
 
 
+def test_in_flight_of_blocks_of_several_axes() -> None:
+    """Schedules, stages and ranks, each along an axis of its own, are counted one by one."""
+    made = cases(LLAMA_12, {"global_batch": 16}, pp=4)
+    schedules = np.array([SCHEDULE_NAMES.index(name) for name in ("interleaved", "zb-h1", "zb-v")])
+    stages, ranks = np.array([1.0, 2.0, 3.0]), np.arange(4.0)
+
+    def held(schedule: Any, stage: Any, rank: Any) -> list[Any]:
+        layout = attrs.evolve(made.layout, schedule=schedule, virtual_stages=stage)
+        found = in_flight(attrs.evolve(made, layout=layout), rank)
+        return [found.whole, found.split, found.head]
+
+    block = held(schedules[:, None, None], stages[None, :, None], ranks[None, None])
+    for index in np.ndindex(3, 3, 4):
+        one = held(*(values[[at]] for values, at in zip((schedules, stages, ranks), index, strict=True)))
+        assert [np.broadcast_to(column, (3, 3, 4))[index] for column in block] == one
+
+
 def test_worst_case_of_experts() -> None:
     """A rank whose experts see twice the mean holds twice the copies; no more than all ranks' copies."""
     made = cases(DEEPSEEK_4, dp=8, ep=8)
