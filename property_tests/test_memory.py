@@ -13,7 +13,7 @@ from picotron.planner.cost import of_kind
 from picotron.planner.layout import counts_in_norm
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.predict import predict
+from picotron.planner.predict import alike, predict
 from picotron.planner.program import COMPUTE, Kind, Row, rows
 from picotron.planner.topology import coordinate
 from property_tests.strategies import DENSE, SPARSE, one_stage_a_rank, plans
@@ -102,7 +102,16 @@ def test_one_f_one_b_never_needs_more_than_afab(made: TrainingPlan) -> None:
         assert peaks["1f1b"] <= peaks["afab"] + slack
 
 
-@given(plans())
+@given(plans(families=SPARSE))
+def test_alike_ranks_hold_as_much_at_all_times(made: TrainingPlan) -> None:
+    """One timeline stands for all ranks with equal stages and slices and as many experts."""
+    found: dict[object, list[int]] = {}
+    for rank, key in enumerate(alike(made)):
+        levels = memory_timeline(made, rank).live_bytes.tolist()
+        assert found.setdefault(key, levels) == levels
+
+
+@given(plans(families=EVERY))
 def test_no_rank_needs_more_than_predicted(made: TrainingPlan) -> None:
     """A rank's own peak is at most what is predicted for it (it may count fewer tensors in the norm)."""
     predicted = predict(made)

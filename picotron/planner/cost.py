@@ -8,8 +8,10 @@ On a machine whose costs were measured, they count instead of the roofline (``me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+
+import numpy as np
 
 from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
 from picotron.planner.cluster import (
@@ -102,11 +104,16 @@ def send_seconds(plan: TrainingPlan, payload_bytes: int) -> float:
 
 def _slowest_link(
     plan: TrainingPlan,
-    members: Iterable[tuple[int, ...]],
+    members: Sequence[tuple[int, ...]],
     link_of: Callable[[ClusterSpec, Sequence[int]], LinkSpec],
 ) -> LinkSpec:
-    """The slowest of the groups' links, at the rate that software reaches."""
-    links = (link_of(plan.cluster, ranks) for ranks in members)
+    """The slowest of the groups' links, at the rate that software reaches.
+
+    Groups that lie over their nodes alike have equal links: one of each kind is asked for.
+    """
+    nodes = np.array(members) // plan.cluster.devices_per_node
+    _, firsts = np.unique(nodes - nodes[:, :1], axis=0, return_index=True)
+    links = [link_of(plan.cluster, members[first]) for first in sorted(firsts.tolist())]
     slowest = min(links, key=lambda link: link.bytes_per_second)
     return achieved_link(slowest, plan.cluster.efficiency)
 

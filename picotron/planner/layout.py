@@ -67,15 +67,20 @@ class Placement:
 
 def even_ranges(size: int, parts: int) -> tuple[Range, ...]:
     """``size`` cut into ``parts`` neighbouring ranges; lengths differ by one at most, longer first."""
+    return tuple(even_range(size, parts, part) for part in range(parts))
+
+
+def even_range(size: int, parts: int, part: int) -> Range:
+    """One of them."""
     base, extra = divmod(size, parts)
-    stops = [base * (part + 1) + min(part + 1, extra) for part in range(parts)]
-    return tuple(zip([0, *stops[:-1]], stops, strict=True))
+    start = base * part + min(part, extra)
+    return start, start + base + (part < extra)
 
 
 def cut_ranges(cut: Cut, size: int, index: int) -> tuple[Range, ...]:
     """Ranges along ``cut.dim`` (of length ``size``) held at ``index`` of the cut's axis, one a block."""
     block = size // cut.blocks
-    start, stop = even_ranges(block, cut.parts)[index // cut.copies]
+    start, stop = even_range(block, cut.parts, index // cut.copies)
     return tuple((first + start, first + stop) for first in range(0, size, block))
 
 
@@ -84,7 +89,7 @@ def is_held(placement: Placement, topology: Topology, where: Coordinate) -> bool
     if placement.expert is None:
         return where.pp == placement.rank
     index, num_experts = placement.expert
-    first, stop = even_ranges(num_experts, topology.ep)[where.ep]
+    first, stop = even_range(num_experts, topology.ep, where.ep)
     return where.pp == placement.rank and first <= index < stop
 
 

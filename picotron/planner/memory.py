@@ -96,7 +96,8 @@ def memory_timeline(plan: TrainingPlan, rank: int) -> MemoryTimeline:
     ]
     index, operation, number = np.array(entries, dtype=np.int64).T
     left, highest = np.stack(moments.left)[number], np.stack(moments.highest)[number]
-    standing = np.array([static_bytes(plan, where).get(category, 0) for category in CATEGORIES])
+    static = static_bytes(plan, where)
+    standing = np.array([static.get(category, 0) for category in CATEGORIES])
     ends = standing + left.cumsum(axis=0)
     peaks = ends - left + highest
     totals = peaks.sum(axis=1)

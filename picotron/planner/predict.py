@@ -14,6 +14,7 @@ from picotron.planner.classes import axis_indices
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
+from picotron.planner.layout import even_range
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, Kind, Program, payload_bytes
@@ -153,11 +154,11 @@ def _without_communication(seconds: Durations) -> Durations:
 
 
 def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
-    """One timeline a rank, shared by ranks of equal stage and slices.
+    """One timeline a rank, shared by ranks of equal stages and slices.
 
     Among those, the gradient norm's scratch differs by a few bytes for each tensor; no other moment does.
     """
-    keys = _alike(plan)
+    keys = alike(plan)
     found = {key: memory_timeline(plan, rank) for key, rank in _firsts(keys).items()}
     return tuple(found[key] for key in keys)
 
@@ -182,17 +183,25 @@ def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[st
 
 def planned_payloads(plan: TrainingPlan) -> tuple[tuple[tuple[str, str, int], ...], ...]:
     """For each rank, (kind, group, bytes) that it hands over in one step, in sorted order."""
-    keys = _alike(plan)
+    keys = alike(plan)
     found = {key: _payload(plan, coordinate(plan.topology, rank)) for key, rank in _firsts(keys).items()}
     return tuple(found[key] for key in keys)
 
 
-def _alike(plan: TrainingPlan) -> list[tuple[int, int, int]]:
-    """For each rank, what it shares with the ranks whose stage and slices are the same."""
-    indices = axis_indices(plan.topology)
-    even = plan.model.vocab_size % plan.topology.tp == 0
+def alike(plan: TrainingPlan) -> list[tuple[int, int, int]]:
+    """For each rank, what it shares with the ranks that hold and do as much.
+
+    Its stages, its slice of the vocabulary where slices differ, and how many experts of a layer it holds.
+    """
+    topology, experts = plan.topology, plan.model.experts
+    indices = axis_indices(topology)
+    even = plan.model.vocab_size % topology.tp == 0
+    ranges = [
+        even_range(experts.num_experts, topology.ep, ep) if experts else (0, 0) for ep in range(topology.ep)
+    ]
+    held = [stop - start for start, stop in ranges]
     return [
-        (pp, 0 if even else tp, ep)
+        (pp, 0 if even else tp, held[ep])
         for pp, tp, ep in zip(indices["pp"], indices["tp"], indices["ep"], strict=True)
     ]
 

@@ -13,7 +13,7 @@ from picotron.planner.cost import stage_cost
 from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
-from picotron.planner.predict import model_flops, planned_payloads, predict
+from picotron.planner.predict import alike, model_flops, planned_payloads, predict
 from picotron.planner.program import Kind
 from picotron.planner.workload import Workload
 
@@ -233,6 +233,21 @@ def test_large_worlds_are_predicted_at_once() -> None:
     assert time.process_time() - started < 10
     assert len(predicted.compute_seconds_by_rank) == 8192
     assert sorted(set(predicted.timeline.rank.tolist())) == list(range(16))
+
+
+def test_ranks_with_as_many_experts_are_alike() -> None:
+    """256 experts over 32 ranks: 8 on each, so that one rank of a stage stands for all of its 128."""
+    made = plan(
+        ModelSpec.from_hf("deepseek-v3"),
+        ClusterSpec.preset("h100", nodes=256),
+        Workload(global_batch=2048, seq_len=4096),
+        pp=16,
+        ep=32,
+        zero_stage=1,
+    )
+    keys = alike(made)
+    assert len(keys) == 2048
+    assert len(set(keys)) == 16
 
 
 def test_predictions_are_equal_for_equal_plans() -> None:
