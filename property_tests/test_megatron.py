@@ -17,6 +17,7 @@ from picotron.planner.megatron_text import read_arguments
 from picotron.planner.parts import RopeScaling
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.serialize import diff
+from picotron.planner.software import profile_names, software_profile
 from picotron.planner.workload import Workload
 from property_tests.strategies import DENSE, SPARSE, divisors, models, plans
 
@@ -102,10 +103,15 @@ def workloads(global_batch: int, seq_len: int) -> st.SearchStrategy[Workload]:
     )
 
 
-@given(expressible())
-def test_what_can_be_said_comes_back(one: TrainingPlan) -> None:
-    """Nothing is left unsaid, and the script's text reads back as the same plan."""
-    exported = to_megatron(one)
+PROFILES = tuple(name for name in profile_names() if name.startswith("megatron"))
+
+
+@given(expressible(), st.sampled_from(PROFILES))
+def test_what_can_be_said_comes_back(one: TrainingPlan, profile: str) -> None:
+    """Nothing is left unsaid, and the script's text reads back as the same plan, its flags as the profile."""
+    exported = to_megatron(one, profile=profile)
+    read = from_megatron(exported.words, one.cluster, profile=profile).plan
+    assert read.cluster.profile == software_profile(profile)
     assert exported.unexpressed == ()
     found = from_megatron(str(exported), one.cluster, name=one.model.name)
     order = found.plan.topology.order

@@ -112,6 +112,11 @@ def software_profile(name: str) -> SoftwareProfile:
     return _presets()[name]
 
 
+def preset_name(profile: SoftwareProfile) -> str | None:
+    """The name by which ``software_profile`` gives this profile, if it is a preset."""
+    return profile.name if _presets().get(profile.name) == profile else None
+
+
 @cache
 def _presets() -> Mapping[str, SoftwareProfile]:
     text = (files("picotron.planner") / "presets" / "profiles.json").read_text(encoding="utf-8")
