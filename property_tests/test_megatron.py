@@ -148,8 +148,9 @@ def test_stages_come_back_from_their_layout(layers: tuple[int, ...]) -> None:
 @given(st.text(alphabet="-a b'\"$({})[]@|;&#=\\\n0*+:", max_size=60) | st.text(max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     """A list of words, or a PlanError: nothing else."""
-    try:
-        found = read_arguments(f"--x {text}")
-    except PlanError:
-        return
-    assert all(isinstance(word, str) for word in found.words)
+    for written in (f"--x {text}", f"--x: {text}", f"MODEL_ARGS:\n  --x: 1\n  - {text}"):
+        try:
+            found = read_arguments(written)
+        except PlanError:
+            continue
+        assert all(isinstance(word, str) for word in found.words)

@@ -218,8 +218,12 @@ def test_flags_that_its_own_checks_refuse_together_are_not_written():
 def test_yaml_is_read_as_arguments():
     """``--key: value`` lines under MODEL_ARGS; true is a flag alone."""
     pairs = [(f"  --{name}", " ".join(own) or "true") for name, own in flags(MIXTRAL.split())]
-    text = "ENV_VARS:\n  NCCL_ALGO: Ring\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
-    assert from_megatron(text + "\n  --fp16: false\n", "h100:8x8").plan == imported().plan
+    text = "BEFORE: |\n  pip list || true\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
+    text += '\n  --recompute-granularity: selective\n  --recompute-modules: "[core_attn, mlp]"'
+    text += '\n  --fp16: false\nMETRICS:\n  - "lm loss"\n'
+    found = from_megatron(text, "h100:8x8")
+    assert found.plan == imported("--recompute-activations").plan
+    assert "recomputation of mlp is not counted" in found.notes
 
 
 @pytest.mark.parametrize(
