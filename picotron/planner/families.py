@@ -14,7 +14,6 @@ our own: 2.5 million parameters over bytes.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from picotron.planner.model import (
     ModelSpec,
     RopeScaling,
 )
+from picotron.planner.records import hint
 from picotron.planner.validators import is_positive, is_size, shown
 
 __all__ = ["preset_names", "read", "write"]
@@ -76,9 +76,7 @@ def read(source: str | os.PathLike[str] | Config, *, name: str | None = None) ->
         )
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _READERS:
-        raise PlanError(
-            f"model_type must be one of {FAMILIES}, got {shown(family)}{_close_matches(family, FAMILIES)}"
-        )
+        raise PlanError(f"model_type must be one of {FAMILIES}, got {shown(family)}{hint(family, FAMILIES)}")
     chosen_name = found_name if name is None else name
     fields = {"name": chosen_name, "family": family, **_READERS[family](config)}
     return ModelSpec(**fields)
@@ -95,15 +93,9 @@ def _find(source: str | os.PathLike[str]) -> Path:
     if is_name and not os.path.exists(source):
         raise PlanError(
             f"a model must be the name of a preset or a path to config.json, got {shown(source)}"
-            f"{_close_matches(source, preset_names())}; presets: {', '.join(preset_names())}"
+            f"{hint(source, preset_names())}; presets: {', '.join(preset_names())}"
         )
     return path
-
-
-def _close_matches(value: object, choices: tuple[str, ...]) -> str:
-    word = value.lower() if isinstance(value, str) else ""
-    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _load(path: Path) -> Config:
