@@ -1,8 +1,8 @@
 """What stands for a moment: the highest point of a layer's backward, and of the head, over what is saved.
 
-Each block is walked tensor by tensor. *eager* is what the bodies of ``dense`` and ``sparse`` say, *fused*
-what the autograd functions of Transformer Engine and Megatron-Core do: gate and up are one product, nothing
-is computed again. *compiled* runs the eager steps.
+Each block is walked tensor by tensor. *eager* is what a plan's own bodies say (``attention``, ``mlp``,
+``sparse``, ``ends``), *fused* what the autograd functions of Transformer Engine and Megatron-Core do: gate
+and up are one product, nothing is computed again. *compiled* runs the eager steps.
 """
 
 from __future__ import annotations
