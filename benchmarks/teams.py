@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
 import sys
@@ -35,6 +34,7 @@ from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.workload import Workload
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import ByteText, HostBatch, standard_library_text, step_batches
+from picotron.runtime.loopback import children
 from picotron.runtime.pipeline import Session
 
 WARMUP_STEPS = 2
@@ -315,12 +315,8 @@ def serve_side(case: Case, side: Side, connection: Connection) -> None:
     ENGINES[side.engine](make_plan(case, side), connection)
 
 
-def process_main(
-    connection: Connection, environment: dict[str, str], main: Callable[[Connection], None]
-) -> None:
+def process_main(connection: Connection, main: Callable[[Connection], None]) -> None:
     """What each process runs; what goes wrong is told through the pipe."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     try:
         main(connection)
     except BaseException:
@@ -357,30 +353,10 @@ def _answer(connection: Connection, name: str) -> Any:
 @contextmanager
 def team(name: str, main: Callable[[Connection], None], num_processes: int = 1) -> Iterator[Team]:
     """Processes that run ``main``, ready; they end with the block."""
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: one that is free
-    context = multiprocessing.get_context("spawn")
-    connections, processes = [], []
-    try:
-        for rank in range(num_processes):
-            here, there = context.Pipe()
-            environment = _environment(rank, num_processes, store.port)
-            process = context.Process(target=process_main, args=(there, environment, main), daemon=True)
-            process.start()
-            there.close()
-            connections.append(here)
-            processes.append(process)
-        for connection in connections:
-            _answer(connection, name)
-        yield Team(name, tuple(connections))
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        for connection in connections:
-            connection.close()
+    with children(process_main, num_processes, main) as made:
+        for child in made:
+            _answer(child.connection, name)
+        yield Team(name, tuple(child.connection for child in made))
 
 
 @contextmanager
@@ -388,19 +364,6 @@ def side_team(case: Case, side: Side) -> Iterator[Team]:
     """The processes of a side that trains."""
     with team(str(side), partial(serve_side, case, side), side.num_processes) as made:
         yield made
-
-
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Torchrun's variables, for loopback."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is in the process that launches
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
 
 
 def take_turns(teams: Sequence[Team], *, rounds: int, steps: int) -> list[list[Reports]]:

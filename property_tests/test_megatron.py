@@ -17,6 +17,7 @@ from picotron.planner.megatron_text import read_arguments
 from picotron.planner.parts import RopeScaling
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.serialize import diff
+from picotron.planner.software import profile_names, software_profile
 from picotron.planner.workload import Workload
 from property_tests.strategies import DENSE, SPARSE, divisors, models, plans
 
@@ -102,10 +103,15 @@ def workloads(global_batch: int, seq_len: int) -> st.SearchStrategy[Workload]:
     )
 
 
-@given(expressible())
-def test_what_can_be_said_comes_back(one: TrainingPlan) -> None:
-    """Nothing is left unsaid, and the script's text reads back as the same plan."""
-    exported = to_megatron(one)
+PROFILES = tuple(name for name in profile_names() if name.startswith("megatron"))
+
+
+@given(expressible(), st.sampled_from(PROFILES))
+def test_what_can_be_said_comes_back(one: TrainingPlan, profile: str) -> None:
+    """Nothing is left unsaid, and the script's text reads back as the same plan, its flags as the profile."""
+    exported = to_megatron(one, profile=profile)
+    read = from_megatron(exported.words, one.cluster, profile=profile).plan
+    assert read.cluster.profile == software_profile(profile)
     assert exported.unexpressed == ()
     found = from_megatron(str(exported), one.cluster, name=one.model.name)
     order = found.plan.topology.order
@@ -142,8 +148,9 @@ def test_stages_come_back_from_their_layout(layers: tuple[int, ...]) -> None:
 @given(st.text(alphabet="-a b'\"$({})[]@|;&#=\\\n0*+:", max_size=60) | st.text(max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     """A list of words, or a PlanError: nothing else."""
-    try:
-        found = read_arguments(f"--x {text}")
-    except PlanError:
-        return
-    assert all(isinstance(word, str) for word in found.words)
+    for written in (f"--x {text}", f"--x: {text}", f"MODEL_ARGS:\n  --x: 1\n  - {text}"):
+        try:
+            found = read_arguments(written)
+        except PlanError:
+            continue
+        assert all(isinstance(word, str) for word in found.words)

@@ -34,8 +34,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        help="the software profile that decides kernels and overlaps "
-        f"(default {megatron.PROFILE} or {torchtitan.PROFILE})",
+        help="the software profile that decides kernels and overlaps (default: the cluster's own if it is "
+        f"the framework's, else {megatron.PROFILE} or {torchtitan.PROFILE})",
     )
     parser.add_argument("--steps", type=_steps, metavar="N", help="how many steps are trained")
 
@@ -68,8 +68,8 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 def _exported(plan: TrainingPlan, arguments: argparse.Namespace) -> MegatronArguments | TorchtitanConfig:
     if arguments.to == "megatron":
-        return to_megatron(plan, profile=arguments.profile or megatron.PROFILE, steps=arguments.steps)
-    return to_torchtitan(plan, profile=arguments.profile or torchtitan.PROFILE, steps=arguments.steps)
+        return to_megatron(plan, profile=arguments.profile, steps=arguments.steps)
+    return to_torchtitan(plan, profile=arguments.profile, steps=arguments.steps)
 
 
 def _data(made: MegatronArguments | TorchtitanConfig) -> dict[str, object]:

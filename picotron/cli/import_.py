@@ -7,6 +7,7 @@ import sys
 
 from picotron.cli.common import STANDARD, Subparsers, command, read_source, write_out, write_result
 from picotron.errors import PlanError
+from picotron.planner.megatron import PROFILE
 from picotron.planner.megatron_import import ImportedPlan, from_megatron
 from picotron.planner.serialize import plan_to_json
 
@@ -39,6 +40,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--name", default="megatron", metavar="NAME", help="what to call the model")
     parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="the software profile whose overlaps the flags switch on and off "
+        f"(default {PROFILE}; a .json cluster keeps its own)",
+    )
+    parser.add_argument(
         "--var",
         action="append",
         default=[],
@@ -60,6 +67,7 @@ def _execute(arguments: argparse.Namespace) -> None:
         vocab_size=arguments.vocab_size,
         name=arguments.name,
         variables=dict(map(_variable, arguments.var)),
+        profile=arguments.profile,
     )
     for line in _remarks(found):
         print("picotron:", line, file=sys.stderr)
@@ -83,7 +91,7 @@ def _remarks(found: ImportedPlan) -> list[str]:
     lines += [f"unknown: {sentence}" for sentence in found.unknown]
     if found.software:
         fields = ", ".join(f"{name}={value}" for name, value in found.software)
-        lines.append(f"of the software profile, not of the plan: {fields}")
+        lines.append(f"software profile {found.plan.cluster.profile.name}; the flags say {fields}")
     if found.ignored:
         lines.append(f"ignored, no matter to a plan: {', '.join(found.ignored)}")
     return lines

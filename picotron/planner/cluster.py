@@ -22,7 +22,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from cattrs import Converter
 from picotron.errors import PlanError
 from picotron.planner.architectures import ARCHITECTURES, HOST_RATES, PROCESSORS, architecture_of
 from picotron.planner.measured import MeasuredCosts
-from picotron.planner.records import hint, read_json, strict_converter, structured
+from picotron.planner.records import hint, preset, preset_table, read_json, strict_converter, structured
 from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.validators import as_float, is_between, is_integer, is_positive, of_class_must_be, shown
 
@@ -193,7 +192,7 @@ class ClusterSpec:
         ``devices_per_node`` defaults to the machine's own (8, or 72 for gb200). Raises PlanError for an
         unknown name, with the closest known ones.
         """
-        machine = _machine(name)
+        machine = preset(_presets(), name, "a cluster preset")
         per_node = machine.devices_per_node if devices_per_node is None else devices_per_node
         return evolve(machine, name=f"{name}:{nodes}x{per_node}", nodes=nodes, devices_per_node=per_node)
 
@@ -312,18 +311,11 @@ def _ranks_by_node(cluster: ClusterSpec, ranks: Sequence[int]) -> Counter[int]:
     return Counter(rank // cluster.devices_per_node for rank in ranks)
 
 
-def _machine(name: str) -> ClusterSpec:
-    known = preset_names()
-    if name not in known:
-        near = hint(name, known) if isinstance(name, str) else ""
-        raise PlanError(f"a cluster preset must be one of {known}, got {shown(name)}{near}")
-    return _presets()[name]
-
-
 @cache
 def _presets() -> dict[str, ClusterSpec]:
-    table = json.loads((files("picotron.planner") / "presets" / "devices.json").read_text(encoding="utf-8"))
-    return {name: _structured({"name": name, "nodes": 1} | row) for name, row in table.items()}
+    return {
+        name: _structured({"name": name, "nodes": 1} | row) for name, row in preset_table("devices").items()
+    }
 
 
 @cache

@@ -3,7 +3,8 @@
 A matmul takes the longer of its FLOPs at the reached peak and its bytes at the reached memory rate; a
 kernel its bytes; each launch adds the device's fixed cost. Collectives follow latency and bandwidth over
 the slowest link that their group crosses. Sources: Williams et al. 2009, Roofline; ``collectives``.
-On a machine whose costs were measured, they count instead of the roofline (``measured``).
+On a machine whose costs were measured, they count instead of the roofline (``measured``); on an accelerator a
+cluster's software profile scales the bodies so that they sum to the time model (``profile_prices``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 from attrs import frozen
 
+from picotron.errors import PlanError
+from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.topology import Topology
+from picotron.planner.training_plan import TrainingPlan
+from picotron.planner.validators import shown
 
 FEWEST_STEPS = 100  # that are trained, where neither the plan nor the caller says how many
 
@@ -23,6 +27,34 @@ class Note:
     """A sentence on what the plan does not say and the arguments must."""
 
     text: str
+
+
+def framework_profile(
+    plan: TrainingPlan, asked: SoftwareProfile | str | None, default: str
+) -> SoftwareProfile:
+    """The software profile that decides a framework's kernels and overlaps.
+
+    Left out, it is that of the plan's cluster if it is one of the framework's (its name begins alike), else
+    ``default``. Raises PlanError for an unknown name.
+    """
+    own = plan.cluster.profile
+    if asked is None:
+        family = default.partition("-")[0]
+        return own if own.name.startswith(family) else software_profile(default)
+    made = software_profile(asked) if isinstance(asked, str) else asked
+    if not isinstance(made, SoftwareProfile):
+        raise PlanError(f"profile must be a SoftwareProfile or its name, got {shown(asked)}")
+    return made
+
+
+def other_software(plan: TrainingPlan, software: SoftwareProfile) -> Iterator[Note]:
+    """That the plan is priced with other kernels and overlaps than the framework is asked for."""
+    own = plan.cluster.profile
+    if own != software:
+        yield Note(
+            f"kernels and overlaps are asked for as the profile {software.name} has them; "
+            f"the plan is priced with {own.name}"
+        )
 
 
 def same_order(topology: Topology, order: tuple[str, ...]) -> bool:

@@ -14,7 +14,6 @@ our own: 2.5 million parameters over bytes.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from picotron.errors import PlanError
+from picotron.planner.config_rope import rope_of
+from picotron.planner.config_values import (
+    REQUIRED,
+    Config,
+    divided,
+    flag_of,
+    must_equal,
+    number_of,
+    size_of,
+    value_of,
+)
 from picotron.planner.export import write
 from picotron.planner.model import (
     FAMILIES,
@@ -29,26 +39,14 @@ from picotron.planner.model import (
     Experts,
     LatentAttention,
     ModelSpec,
-    RopeScaling,
 )
-from picotron.planner.validators import is_positive, is_size, shown
+from picotron.planner.records import hint
+from picotron.planner.validators import is_size, shown
 
 __all__ = ["preset_names", "read", "write"]
 
-Config = Mapping[str, Any]
 
 _PRESETS = Path(__file__).parent / "presets" / "models"
-_REQUIRED = object()
-# The other name under which transformers may save a key.
-_ALIASES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "num_experts": "num_local_experts",
-    "num_local_experts": "num_experts",
-    "n_routed_experts": "num_local_experts",
-}
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -76,9 +74,7 @@ def read(source: str | os.PathLike[str] | Config, *, name: str | None = None) ->
         )
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _READERS:
-        raise PlanError(
-            f"model_type must be one of {FAMILIES}, got {shown(family)}{_close_matches(family, FAMILIES)}"
-        )
+        raise PlanError(f"model_type must be one of {FAMILIES}, got {shown(family)}{hint(family, FAMILIES)}")
     chosen_name = found_name if name is None else name
     fields = {"name": chosen_name, "family": family, **_READERS[family](config)}
     return ModelSpec(**fields)
@@ -95,15 +91,9 @@ def _find(source: str | os.PathLike[str]) -> Path:
     if is_name and not os.path.exists(source):
         raise PlanError(
             f"a model must be the name of a preset or a path to config.json, got {shown(source)}"
-            f"{_close_matches(source, preset_names())}; presets: {', '.join(preset_names())}"
+            f"{hint(source, preset_names())}; presets: {', '.join(preset_names())}"
         )
     return path
-
-
-def _close_matches(value: object, choices: tuple[str, ...]) -> str:
-    word = value.lower() if isinstance(value, str) else ""
-    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _load(path: Path) -> Config:
@@ -122,80 +112,30 @@ def _load(path: Path) -> Config:
     return config
 
 
-def _value(config: Config, key: str, default: object = _REQUIRED) -> Any:
-    """The value at ``key`` or its alias, else the default."""
-    for name in (key, _ALIASES.get(key, key)):
-        if name in config:
-            return config[name]
-    if default is _REQUIRED:
-        where = config.get("model_type", "rope_scaling")
-        raise PlanError(
-            f"{key} must be in the {where} config, got only {sorted(map(str, config))}; "
-            "take the model's whole config.json"
-        )
-    return default
-
-
-def _size(config: Config, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
-    value = _value(config, key, default)
-    if not is_size(value, least):
-        raise PlanError(f"{key} must be an integer of at least {least}, got {shown(value)}")
-    return int(value)
-
-
-def _number(config: Config, key: str, default: object = _REQUIRED) -> float:
-    value = _value(config, key, default)
-    if not is_positive(value):
-        raise PlanError(f"{key} must be a positive finite number, got {shown(value)}")
-    return float(value)
-
-
-def _flag(config: Config, key: str, default: bool) -> bool:
-    value = _value(config, key, default)
-    if not isinstance(value, bool):
-        raise PlanError(f"{key} must be true or false, got {shown(value)}")
-    return value
-
-
-def _must_equal(config: Config, key: str, supported: object) -> None:
-    """Refuse a key that, set to anything else, would change the architecture."""
-    value = _value(config, key, supported)
-    if value is not None and value != supported:
-        raise PlanError(f"{key} must be {supported!r}, got {shown(value)}; nothing else is supported")
-
-
 def _activation(config: Config, key: str) -> Activation:
-    value = _value(config, key)
+    value = value_of(config, key)
     if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise PlanError(f"{key} must be one of {tuple(_ACTIVATIONS)}, got {shown(value)}")
     return _ACTIVATIONS[value]
 
 
-def _divide(config: Config, dividend: str, divisor: str, *, remedy: str = "") -> int:
-    """``dividend / divisor``, two keys of the configuration, which must divide."""
-    whole, part = _size(config, dividend), _size(config, divisor)
-    if whole % part:
-        raise PlanError(f"{dividend} must be a multiple of {divisor}, got {whole} and {part}{remedy}")
-    return whole // part
-
-
 def _kv_heads(config: Config, *, optional: bool) -> int:
     """Key/value heads; null, or absent where optional, means one a head."""
-    heads = _size(config, "num_attention_heads")
-    if _value(config, "num_key_value_heads", None if optional else _REQUIRED) is None:
+    heads = size_of(config, "num_attention_heads")
+    if value_of(config, "num_key_value_heads", None if optional else REQUIRED) is None:
         return heads
-    _divide(config, "num_attention_heads", "num_key_value_heads")
-    return _size(config, "num_key_value_heads")
+    divided(config, "num_attention_heads", "num_key_value_heads")
+    return size_of(config, "num_key_value_heads")
 
 
 def _head_dim(config: Config, *, default: int | None = None) -> int:
-    if _value(config, "head_dim", default) is None:
-        return _divide(config, "hidden_size", "num_attention_heads", remedy="; or give head_dim")
-    return _size(config, "head_dim", default)
+    if value_of(config, "head_dim", default) is None:
+        return divided(config, "hidden_size", "num_attention_heads", remedy="; or give head_dim")
+    return size_of(config, "head_dim", default)
 
 
 def _attention_bias(config: Config) -> dict[str, bool]:
-    bias = _flag(config, "attention_bias", False)
+    bias = flag_of(config, "attention_bias", False)
     return {"qkv_bias": bias, "output_bias": bias}
 
 
@@ -203,19 +143,19 @@ def _decoder(config: Config) -> dict[str, Any]:
     """What every family but gpt2 spells alike."""
     _check_full_attention(config)
     return {
-        "vocab_size": _size(config, "vocab_size"),
-        "hidden_size": _size(config, "hidden_size"),
-        "num_layers": _size(config, "num_hidden_layers"),
-        "num_heads": _size(config, "num_attention_heads"),
-        "intermediate_size": _size(config, "intermediate_size"),
-        "max_positions": _size(config, "max_position_embeddings"),
+        "vocab_size": size_of(config, "vocab_size"),
+        "hidden_size": size_of(config, "hidden_size"),
+        "num_layers": size_of(config, "num_hidden_layers"),
+        "num_heads": size_of(config, "num_attention_heads"),
+        "intermediate_size": size_of(config, "intermediate_size"),
+        "max_positions": size_of(config, "max_position_embeddings"),
         "norm": "rms",
-        "norm_eps": _number(config, "rms_norm_eps"),
+        "norm_eps": number_of(config, "rms_norm_eps"),
         "activation": _activation(config, "hidden_act"),
         "gated_mlp": True,
-        "tied_embeddings": _flag(config, "tie_word_embeddings", False),
-        "init_std": _number(config, "initializer_range", 0.02),
-        **_rope(config),
+        "tied_embeddings": flag_of(config, "tie_word_embeddings", False),
+        "init_std": number_of(config, "initializer_range", 0.02),
+        **rope_of(config),
     }
 
 
@@ -225,7 +165,7 @@ def _read_llama(config: Config) -> dict[str, Any]:
         **_attention_bias(config),
         "num_kv_heads": _kv_heads(config, optional=True),
         "head_dim": _head_dim(config),
-        "mlp_bias": _flag(config, "mlp_bias", False),
+        "mlp_bias": flag_of(config, "mlp_bias", False),
     }
 
 
@@ -256,11 +196,11 @@ def _read_qwen3_moe(config: Config) -> dict[str, Any]:
         "head_dim": _head_dim(config),
         "qk_norm": True,
         "experts": Experts(
-            num_experts=_size(config, "num_experts"),
+            num_experts=size_of(config, "num_experts"),
             top_k=_top_k(config, "num_experts"),
-            intermediate_size=_size(config, "moe_intermediate_size"),
+            intermediate_size=size_of(config, "moe_intermediate_size"),
             dense_layers=_dense_layers(config),
-            normalize_scores=_flag(config, "norm_topk_prob", False),
+            normalize_scores=flag_of(config, "norm_topk_prob", False),
         ),
     }
 
@@ -271,9 +211,9 @@ def _read_mixtral(config: Config) -> dict[str, Any]:
         "num_kv_heads": _kv_heads(config, optional=False),
         "head_dim": _head_dim(config),
         "experts": Experts(
-            num_experts=_size(config, "num_local_experts"),
+            num_experts=size_of(config, "num_local_experts"),
             top_k=_top_k(config, "num_local_experts"),
-            intermediate_size=_size(config, "intermediate_size"),
+            intermediate_size=size_of(config, "intermediate_size"),
         ),
     }
 
@@ -285,7 +225,7 @@ def _read_deepseek_v3(config: Config) -> dict[str, Any]:
         ("scoring_func", "sigmoid"),
         ("topk_method", "noaux_tc"),
     ):
-        _must_equal(config, key, supported)
+        must_equal(config, key, supported)
     latent = _latent(config)
     return {
         **_decoder(config),
@@ -297,37 +237,37 @@ def _read_deepseek_v3(config: Config) -> dict[str, Any]:
 
 
 def _latent(config: Config) -> LatentAttention:
-    full_query = _value(config, "q_lora_rank") is None
+    full_query = value_of(config, "q_lora_rank") is None
     return LatentAttention(
-        q_lora_rank=None if full_query else _size(config, "q_lora_rank"),
-        kv_lora_rank=_size(config, "kv_lora_rank"),
-        qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
-        qk_rope_head_dim=_size(config, "qk_rope_head_dim"),
-        v_head_dim=_size(config, "v_head_dim"),
-        interleaved=_flag(config, "rope_interleave", True),
+        q_lora_rank=None if full_query else size_of(config, "q_lora_rank"),
+        kv_lora_rank=size_of(config, "kv_lora_rank"),
+        qk_nope_head_dim=size_of(config, "qk_nope_head_dim"),
+        qk_rope_head_dim=size_of(config, "qk_rope_head_dim"),
+        v_head_dim=size_of(config, "v_head_dim"),
+        interleaved=flag_of(config, "rope_interleave", True),
     )
 
 
 def _deepseek_experts(config: Config) -> Experts:
-    inner = _size(config, "moe_intermediate_size")
-    num_dense = min(_size(config, "first_k_dense_replace", least=0), _size(config, "num_hidden_layers"))
-    _divide(config, "n_routed_experts", "n_group")
+    inner = size_of(config, "moe_intermediate_size")
+    num_dense = min(size_of(config, "first_k_dense_replace", least=0), size_of(config, "num_hidden_layers"))
+    divided(config, "n_routed_experts", "n_group")
     return Experts(
-        num_experts=_size(config, "n_routed_experts"),
+        num_experts=size_of(config, "n_routed_experts"),
         top_k=_top_k(config, "n_routed_experts"),
         intermediate_size=inner,
-        shared_intermediate_size=inner * _size(config, "n_shared_experts", least=0),
+        shared_intermediate_size=inner * size_of(config, "n_shared_experts", least=0),
         dense_layers=tuple(range(num_dense)),
         score_function="sigmoid",
-        normalize_scores=_flag(config, "norm_topk_prob", True),
-        routed_scale=_number(config, "routed_scaling_factor"),
-        num_groups=_size(config, "n_group"),
-        top_k_groups=_size(config, "topk_group"),
+        normalize_scores=flag_of(config, "norm_topk_prob", True),
+        routed_scale=number_of(config, "routed_scaling_factor"),
+        num_groups=size_of(config, "n_group"),
+        top_k_groups=size_of(config, "topk_group"),
     )
 
 
 def _top_k(config: Config, experts_key: str) -> int:
-    top_k, num_experts = _size(config, "num_experts_per_tok"), _size(config, experts_key)
+    top_k, num_experts = size_of(config, "num_experts_per_tok"), size_of(config, experts_key)
     if top_k > num_experts:
         raise PlanError(f"num_experts_per_tok must be at most {experts_key} = {num_experts}, got {top_k}")
     return top_k
@@ -335,83 +275,28 @@ def _top_k(config: Config, experts_key: str) -> int:
 
 def _dense_layers(config: Config) -> tuple[int, ...]:
     """Layers without experts: those listed, and those that ``decoder_sparse_step`` skips."""
-    listed, step = _value(config, "mlp_only_layers", ()) or (), _size(config, "decoder_sparse_step", 1)
+    listed, step = value_of(config, "mlp_only_layers", ()) or (), size_of(config, "decoder_sparse_step", 1)
     if not isinstance(listed, list | tuple) or not all(is_size(layer, 0) for layer in listed):
         raise PlanError(f"mlp_only_layers must be a list of layer indices, got {shown(listed)}")
-    layers = range(_size(config, "num_hidden_layers"))
+    layers = range(size_of(config, "num_hidden_layers"))
     return tuple(layer for layer in layers if layer in listed or (layer + 1) % step)
 
 
 def _check_full_attention(config: Config) -> None:
     """Refuse a configuration in which any layer attends through a sliding window."""
-    types = _value(config, "layer_types", None)
+    types = value_of(config, "layer_types", None)
     remedy = "sliding-window attention is not supported"
     if types is not None and not isinstance(types, list | tuple):
         raise PlanError(f"layer_types must be a list of names, got {shown(types)}")
     windowed = [kind for kind in types or () if kind != "full_attention"]
     if windowed:
         raise PlanError(f"layer_types must all be 'full_attention', got {shown(windowed[0])}; {remedy}")
-    window = _value(config, "sliding_window", None)
+    window = value_of(config, "sliding_window", None)
     if config.get("model_type") == "mixtral":
         if window is not None:
             raise PlanError(f"sliding_window must be null, got {shown(window)}; {remedy}")
-    elif types is None and window is not None and _flag(config, "use_sliding_window", False):
+    elif types is None and window is not None and flag_of(config, "use_sliding_window", False):
         raise PlanError(f"use_sliding_window must be false, got true; {remedy}")
-
-
-def _rope(config: Config) -> dict[str, Any]:
-    """Rotary base and scaling, from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    table = config.get(key) or {}
-    if not isinstance(table, Mapping) or any(isinstance(entry, Mapping) for entry in table.values()):
-        raise PlanError(f"{key} must be one flat object for all layers, got {shown(table)}")
-    _must_equal(config, "partial_rotary_factor", 1.0)
-    _must_equal(table, "partial_rotary_factor", 1.0)
-    theta = 1e6 if config.get("model_type") == "mixtral" else 1e4
-    return {
-        "rope_theta": _number(table if table.get("rope_theta") is not None else config, "rope_theta", theta),
-        "rope_scaling": _rope_scaling(table, key),
-    }
-
-
-def _rope_scaling(table: Config, key: str) -> RopeScaling | None:
-    kind = table.get("rope_type", table.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise PlanError(f"{key}.rope_type must be one of {tuple(_SCALINGS)}, got {shown(kind)}")
-    return _SCALINGS[kind](table)
-
-
-def _linear_scaling(table: Config) -> RopeScaling:
-    return RopeScaling(kind="linear", factor=_number(table, "factor"))
-
-
-def _llama3_scaling(table: Config) -> RopeScaling:
-    return RopeScaling(
-        kind="llama3",
-        factor=_number(table, "factor"),
-        low_freq_factor=_number(table, "low_freq_factor"),
-        high_freq_factor=_number(table, "high_freq_factor"),
-        original_max_positions=_size(table, "original_max_position_embeddings"),
-    )
-
-
-def _yarn_scaling(table: Config) -> RopeScaling:
-    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    return RopeScaling(
-        kind="yarn",
-        factor=_number(table, "factor"),
-        truncate=_flag(table, "truncate", True),
-        original_max_positions=_size(table, "original_max_position_embeddings"),
-        **{key: _number(table, key) for key in optional if table.get(key) is not None},
-    )
-
-
-_SCALINGS: Mapping[str, Callable[[Config], RopeScaling | None]] = {
-    "default": lambda table: None,
-    "linear": _linear_scaling,
-    "llama3": _llama3_scaling,
-    "yarn": _yarn_scaling,
-}
 
 
 def _read_gpt2(config: Config) -> dict[str, Any]:
@@ -420,28 +305,28 @@ def _read_gpt2(config: Config) -> dict[str, Any]:
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
     ):
-        _must_equal(config, key, supported)
-    hidden, heads = _size(config, "n_embd"), _size(config, "n_head")
-    inner = _value(config, "n_inner", None)
+        must_equal(config, key, supported)
+    hidden, heads = size_of(config, "n_embd"), size_of(config, "n_head")
+    inner = value_of(config, "n_inner", None)
     return {
-        "vocab_size": _size(config, "vocab_size"),
+        "vocab_size": size_of(config, "vocab_size"),
         "hidden_size": hidden,
-        "num_layers": _size(config, "n_layer"),
+        "num_layers": size_of(config, "n_layer"),
         "num_heads": heads,
         "num_kv_heads": heads,
-        "head_dim": _divide(config, "n_embd", "n_head"),
-        "intermediate_size": 4 * hidden if inner is None else _size(config, "n_inner"),
-        "max_positions": _size(config, "n_positions"),
+        "head_dim": divided(config, "n_embd", "n_head"),
+        "intermediate_size": 4 * hidden if inner is None else size_of(config, "n_inner"),
+        "max_positions": size_of(config, "n_positions"),
         "norm": "layer",
-        "norm_eps": _number(config, "layer_norm_epsilon"),
+        "norm_eps": number_of(config, "layer_norm_epsilon"),
         "activation": _activation(config, "activation_function"),
         "gated_mlp": False,
         "rope_theta": None,
         "qkv_bias": True,
         "output_bias": True,
         "mlp_bias": True,
-        "tied_embeddings": _flag(config, "tie_word_embeddings", True),
-        "init_std": _number(config, "initializer_range", 0.02),
+        "tied_embeddings": flag_of(config, "tie_word_embeddings", True),
+        "init_std": number_of(config, "initializer_range", 0.02),
     }
 
 

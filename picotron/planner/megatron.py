@@ -10,14 +10,17 @@ What the arguments cannot say is said in sentences, never left out in silence.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
 from picotron.errors import PlanError
-from picotron.planner.exported import Note, Unexpressed, same_order
+from picotron.planner.exported import Note, Unexpressed, framework_profile, other_software, same_order
+from picotron.planner.megatron_software import PROFILE, kernels_of
 from picotron.planner.megatron_write_layout import (
     ORDERS,
     Argument,
+    Part,
     block_modes,
     offloaded,
     ranks_of,
@@ -27,12 +30,13 @@ from picotron.planner.megatron_write_layout import (
     stages_of,
 )
 from picotron.planner.megatron_write_model import model_of
-from picotron.planner.megatron_write_training import batch_of, data_of, kernels_of, optimizer_of, precision_of
+from picotron.planner.megatron_write_training import batch_of, data_of, optimizer_of, precision_of
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.software import SoftwareProfile, software_profile
+from picotron.planner.software import SoftwareProfile, preset_name
 
 __all__ = [
     "ORDERS",
+    "PROFILE",
     "VERSION",
     "MegatronArguments",
     "block_modes",
@@ -41,13 +45,17 @@ __all__ = [
     "to_megatron",
 ]
 
+PRICED_WITH = "# Priced with the software profile "
 VERSION = "Megatron-LM 0.20.0 (d98e8a64, 2026-08-22)"
-PROFILE = "megatron-2025"
 
 
 @frozen(kw_only=True)
 class MegatronArguments:
-    """The arguments of one run, each a flag and its values; ``str`` is a shell script that starts it."""
+    """The arguments of one run, each a flag and its values; ``str`` is a shell script that starts it.
+
+    ``priced_with`` names the software profile of the plan's cluster, where it is a preset; a comment of the
+    script keeps it for whoever reads the script back.
+    """
 
     title: str
     arguments: tuple[Argument, ...]
@@ -56,6 +64,7 @@ class MegatronArguments:
     environment: tuple[str, ...]
     unexpressed: tuple[str, ...]
     notes: tuple[str, ...]
+    priced_with: str | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -77,6 +86,7 @@ class MegatronArguments:
             [
                 "#!/bin/bash",
                 f"# {self.title}; arguments of {VERSION}.",
+                *([f"{PRICED_WITH}{self.priced_with}."] if self.priced_with else []),
                 *comments,
                 *(f"export {setting}" for setting in self.environment),
                 " \\\n    ".join([launch, *lines]),
@@ -85,17 +95,26 @@ class MegatronArguments:
         )
 
 
+def _environment(plan: TrainingPlan, parts: Sequence[Part]) -> Iterator[str]:
+    """Variables without which it refuses to start, or overlaps nothing."""
+    if plan.zero_stage < 2:
+        yield "CUDA_DEVICE_MAX_CONNECTIONS=1"
+    if ("--fine-grained-activation-offloading",) in parts:
+        yield "NVTE_CPU_OFFLOAD_V1=1"
+
+
 def to_megatron(
-    plan: TrainingPlan, *, profile: SoftwareProfile | str = PROFILE, steps: int | None = None
+    plan: TrainingPlan, *, profile: SoftwareProfile | str | None = None, steps: int | None = None
 ) -> MegatronArguments:
     """The arguments with which Megatron-LM runs ``plan``.
 
-    ``profile`` decides the flags of kernels and overlaps, which are no part of a plan; ``steps`` is how many
-    are trained. Raises PlanError for what is no plan, or an unknown profile.
+    ``profile`` decides the flags of kernels and overlaps: left out, the cluster's own where it is one of
+    Megatron-LM's, else ``megatron-2025``. ``steps`` is how many are trained. Raises PlanError for what is no
+    plan, or an unknown profile.
     """
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
-    software = software_profile(profile) if isinstance(profile, str) else profile
+    software = framework_profile(plan, profile, PROFILE)
     parts = [
         *ranks_of(plan),
         *stages_of(plan),
@@ -107,15 +126,16 @@ def to_megatron(
         *offloaded(plan),
         *optimizer_of(plan.workload, steps),
         *kernels_of(plan, software),
+        *other_software(plan, software),
         *data_of(plan.model),
     ]
-    sharded = plan.zero_stage >= 2
     return MegatronArguments(
         title=f"{plan.model.name} on {plan.cluster.name}",
         arguments=tuple(part for part in parts if isinstance(part, tuple)),
         nodes=plan.cluster.nodes,
         devices_per_node=plan.cluster.devices_per_node,
-        environment=() if sharded else ("CUDA_DEVICE_MAX_CONNECTIONS=1",),
+        environment=tuple(_environment(plan, parts)),
         unexpressed=tuple(part.text for part in parts if isinstance(part, Unexpressed)),
         notes=tuple(part.text for part in parts if isinstance(part, Note)),
+        priced_with=preset_name(plan.cluster.profile),
     )

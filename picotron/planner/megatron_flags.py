@@ -6,15 +6,14 @@ its source, and those of earlier ones that scripts still carry.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 
 from attrs import Factory, define
 
 from picotron.errors import PlanError
+from picotron.planner.records import preset_table
 from picotron.planner.validators import LARGEST, shown
 
 _LIKELY_TYPO = 0.8  # how alike an unknown flag must be to one that changes a plan, to be refused
@@ -136,6 +135,5 @@ def left_over(flags: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
 @cache
 def known_flags() -> frozenset[str]:
     """Every flag that some release knows, without its dashes."""
-    text = (files("picotron.planner") / "presets" / "megatron_flags.json").read_text(encoding="utf-8")
-    table = json.loads(text)
+    table = preset_table("megatron_flags")
     return frozenset(name.replace("_", "-") for key in ("flags", "older") for name in table[key])

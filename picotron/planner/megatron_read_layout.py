@@ -51,6 +51,16 @@ def read_topology(read: Given, cluster: ClusterSpec) -> Topology:
     )
 
 
+def read_sequence_parallel(read: Given, topology: Topology) -> bool:
+    """Whether tokens are cut between tensor-parallel regions: it needs several ranks for that."""
+    on = read.has("sequence-parallel") and topology.tp > 1
+    if read.has("tp-comm-overlap") and not on:
+        raise PlanError(
+            "--tp-comm-overlap must come with --sequence-parallel and a tensor-parallel size above 1"
+        )
+    return on
+
+
 def check_contexts(read: Given, topology: Topology, seq_len: int) -> None:
     """Raise PlanError unless context parallelism can cut the sequence; note another exchange than a ring."""
     kinds = set(read.words("cp-comm-type")) - {"p2p"}

@@ -1,8 +1,7 @@
-"""What Megatron-LM's flags train and with which kernels; what costs a little and no plan has is noted."""
+"""What Megatron-LM's flags train; what costs a little and no plan has is noted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from picotron.errors import PlanError
@@ -10,17 +9,6 @@ from picotron.planner.megatron_flags import Given
 from picotron.planner.topology import Topology
 from picotron.planner.workload import Workload
 
-# What the software profile decides, by field, and the flag that says so.
-SOFTWARE: Mapping[str, tuple[tuple[str, Any], ...]] = {
-    "overlap-grad-reduce": (("reduce_overlap", True),),
-    "overlap-param-gather": (("gather_overlap", True),),
-    "tp-comm-overlap": (("tensor_overlap", 0.6),),
-    "overlap-moe-expert-parallel-comm": (("expert_overlap", 0.5),),
-    "enable-cuda-graph": (("graphs", True),),
-    "external-cuda-graph": (("graphs", True),),
-    "grad-reduce-in-bf16": (("wire_bytes", 2.0), ("gradient_bytes", 2.0)),
-    "use-flash-attn": (("attention", "flash-2"),),
-}
 NOTED = {  # flag: how it is read
     "rampup-batch-size": "the batch is read at its full size",
     "accumulate-allreduce-grads-in-fp32": "",
@@ -39,6 +27,7 @@ NOTED = {  # flag: how it is read
     "tensor-parallel-num-weight-shards": "weights are counted as tensor parallelism cuts them",
     "microbatch-group-size-per-virtual-pipeline-stage": "microbatches go round in groups of pp",
     "calculate-per-token-loss": "",
+    "grad-reduce-in-bf16": "gradients are counted as kept and sent in 32 bits",
 }
 
 
@@ -138,20 +127,3 @@ def _precision(read: Given) -> Any:
     if recipe not in ("tensorwise", "delayed", "mxfp8"):
         read.note(f"--fp8-recipe {recipe}: counted as scaled by tensor")
     return "mxfp8" if recipe == "mxfp8" else "fp8"
-
-
-def read_software(read: Given) -> tuple[tuple[str, Any], ...]:
-    """What the flags say of a software profile."""
-    found: dict[str, Any] = {}
-    for flag, settings in SOFTWARE.items():
-        if read.has(flag):
-            found |= dict(settings)
-    if read.text("cuda-graph-impl", default="none") != "none":
-        found["graphs"] = True
-    backend = read.text("attention-backend", default="auto")
-    kinds = {"flash": "flash-2", "fused": "cudnn", "unfused": "fused-softmax", "local": "unfused"}
-    if backend in kinds:
-        found["attention"] = kinds[backend]
-    if read.has("no-overlap-p2p-communication"):
-        found["pipeline_overlap"] = False
-    return tuple(sorted(found.items()))

@@ -26,8 +26,10 @@ def read_arguments(text: str, variables: Mapping[str, str] | None = None) -> Wri
     do not close, or there is no argument.
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    is_yaml = bool(lines) and all(map(_YAML_LINE.match, (line for line in lines if line.strip() != "---")))
-    found = _read_yaml(lines) if is_yaml else Shell(variables=dict(variables or {})).read(text)
+    lines = [line for line in lines if line.strip() != "---"]
+    block = _model_block(lines)
+    is_yaml = bool(block) or (bool(lines) and all(map(_YAML_LINE.match, lines)))
+    found = _read_yaml(block or lines) if is_yaml else Shell(variables=dict(variables or {})).read(text)
     if not any(word.startswith("--") for word in found.words):
         raise PlanError(
             f"arguments must have a --flag among them, got {shown(text)}; give a script or a text of them"
@@ -51,21 +53,40 @@ def flags(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
+def _model_block(lines: Sequence[str]) -> list[str]:
+    """The lines below ``MODEL_ARGS:``, if it stands there."""
+    heads = [index for index, line in enumerate(lines) if line.strip() == "MODEL_ARGS:"]
+    if not heads:
+        return []
+    depth, rest = _indent(lines[heads[0]]), lines[heads[0] + 1 :]
+    ends = (index for index, line in enumerate(rest) if _indent(line) <= depth)
+    return list(rest[: next(ends, len(rest))])
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def _read_yaml(lines: Iterable[str]) -> WrittenArguments:
-    """``--key: value`` lines: true is a flag alone, false none; of a block MODEL_ARGS only its lines."""
-    parsed = [match.groups() for match in map(_YAML_LINE.match, lines) if match]
-    heads = [index for index, (_, key, value) in enumerate(parsed) if not value and key == "MODEL_ARGS"]
-    if heads:
-        depth = len(parsed[heads[0]][0])
-        parsed = parsed[heads[0] + 1 :]
-        ends = (index for index, (indent, _, _) in enumerate(parsed) if len(indent) <= depth)
-        parsed = parsed[: next(ends, len(parsed))]
+    """``--key: value`` lines: true is a flag alone, false none; items of a list are its values."""
     words: list[str] = []
-    for _, key, value in parsed:
-        plain = (value or "").split(" #")[0].strip()
+    for line in lines:
+        match = _YAML_LINE.match(line)
+        if match is None:
+            words += _items(line.strip()[2:]) if words and line.strip().startswith("- ") else []
+            continue
+        key, plain = match[2], (match[3] or "").split(" #")[0].strip()
         if plain.lower() in ("false", "null", "~", "none") or (not plain and not key.startswith("--")):
             continue
-        items = shlex.split(plain.strip("[]").replace(",", " ") if plain.startswith("[") else plain)
         words.append(f"--{key.lstrip('-')}")
-        words += [] if plain.lower() == "true" else items if plain.startswith("[") else [" ".join(items)][:1]
+        words += [] if plain.lower() == "true" else _items(plain)
     return WrittenArguments(words=tuple(word for word in words if word))
+
+
+def _items(plain: str) -> list[str]:
+    """The values of a line: a text, quoted or not, or the items of a list in brackets."""
+    try:
+        text = " ".join(shlex.split(plain))
+        return shlex.split(text[1:-1].replace(",", " ")) if text.startswith("[") else [text]
+    except ValueError:
+        raise PlanError(f"a quote must close, got {shown(plain)}") from None

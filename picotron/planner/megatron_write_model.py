@@ -79,6 +79,8 @@ def _positions(model: ModelSpec, seq_len: int) -> Iterator[Part]:
         yield Unexpressed(f"a rotary base of {model.rope_theta:g}: it takes whole numbers")
     if latent:
         yield "--rope-type", "yarn" if yarn else "rope"
+    if latent and not yarn:
+        yield ("--no-rope-fusion",)  # its fused kernel for latent attention takes YaRN alone
     if scaling is not None:
         yield from {"linear": _linear, "llama3": _llama3, "yarn": _yarn}[scaling.kind](model)
 

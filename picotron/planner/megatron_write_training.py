@@ -1,7 +1,4 @@
-"""What is trained and with which kernels, as Megatron-LM's arguments.
-
-Kernels and overlaps are the software profile's, as far as the plan lets them be asked for.
-"""
+"""What is trained, as Megatron-LM's arguments: batch, formats, optimizer, and what stands in for the data."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from picotron.planner.exported import FEWEST_STEPS, Note, Unexpressed
 from picotron.planner.megatron_write_layout import Part
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.software import SoftwareProfile
 from picotron.planner.workload import Workload
 
 PRECISIONS = {  # precision: flags beside those of the gradients
@@ -22,7 +18,6 @@ PRECISIONS = {  # precision: flags beside those of the gradients
     "mxfp8": (("--bf16",), ("--fp8-format", "e4m3"), ("--fp8-recipe", "mxfp8")),
     "nvfp4": (("--bf16",), ("--fp4-format", "e2m1"), ("--fp4-recipe", "nvfp4")),
 }
-BACKENDS = {"unfused": "unfused", "fused-softmax": "unfused", "cudnn": "fused"}  # others are flash's
 
 
 def batch_of(plan: TrainingPlan) -> Iterator[Part]:
@@ -63,26 +58,6 @@ def optimizer_of(work: Workload, steps: int | None) -> Iterator[Part]:
         yield "--lr-decay-iters", str(work.decay_steps)
     if work.warmup_steps:
         yield "--lr-warmup-iters", str(work.warmup_steps)
-
-
-def kernels_of(plan: TrainingPlan, profile: SoftwareProfile) -> Iterator[Part]:
-    """Kernels and overlaps, as far as the plan lets them be asked for."""
-    table = profile.attention
-    kernel = table.get(plan.cluster.device.architecture, table["default"])
-    yield "--attention-backend", BACKENDS.get(kernel, "flash")
-    if profile.reduce_overlap:
-        yield ("--overlap-grad-reduce",)
-    if profile.reduce_overlap and profile.gather_overlap and plan.zero_stage:
-        yield ("--overlap-param-gather",)
-    if profile.tensor_overlap and plan.sequence_parallel:
-        yield ("--tp-comm-overlap",)
-    whole = "full" not in plan.recompute and (plan.topology.pp == 1 or plan.virtual_stages > 1)
-    if profile.expert_overlap and plan.topology.ep > 1 and whole:
-        yield ("--overlap-moe-expert-parallel-comm",)
-    if plan.virtual_stages > 1 and plan.topology.pp > 2 and not profile.pipeline_overlap:
-        yield ("--no-overlap-p2p-communication",)
-    if profile.graphs:
-        yield "--cuda-graph-impl", "transformer_engine"
 
 
 def data_of(model: ModelSpec) -> Iterator[Part]:

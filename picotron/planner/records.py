@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
@@ -22,6 +23,7 @@ from cattrs.errors import ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
 from picotron.errors import PlanError
+from picotron.planner.validators import shown
 
 T = TypeVar("T")
 
@@ -91,11 +93,26 @@ def write_text(path: str | os.PathLike[str], text: str, what: str) -> None:
         raise PlanError(words) from error
 
 
-def hint(word: str, known: Sequence[str]) -> str:
-    """What the writer of ``word`` may have meant, as the end of a message; empty if nothing is near."""
+def hint(word: object, known: Sequence[str]) -> str:
+    """What the writer of ``word`` may have meant, as the end of a message; empty where nothing is near."""
+    if not isinstance(word, str):
+        return ""
     begun = [name for name in known if word and name.startswith(word.lower())]
     close = begun or get_close_matches(word.lower(), known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def preset_table(name: str) -> Any:
+    """What the package's own ``presets/NAME.json`` holds."""
+    return json.loads((files("picotron.planner") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def preset(table: Mapping[str, T], name: object, what: str) -> T:
+    """The preset of that name. Raises PlanError for an unknown one, with the closest known ones."""
+    known = tuple(table)
+    if not isinstance(name, str) or name not in table:
+        raise PlanError(f"{what} must be one of {known}, got {shown(name)}{hint(name, known)}")
+    return table[name]
 
 
 def _replace(target: Path, content: bytes) -> None:

@@ -1,8 +1,8 @@
 """What forward leaves for backward, by name, in every kind of block: bytes of one microbatch on one rank.
 
-Three kernel sets. *eager* is what this package's own runtime keeps (``dense``, ``sparse``): a block's
-input, not its normed form, and the two halves of a gated MLP, not their product; both are computed again.
-*compiled* keeps the same, as a compiler that fuses pointwise work into its neighbours recomputes it in
+Three kernel sets. *eager* is what this package's own runtime keeps (``attention``, ``mlp``, ``sparse``): a
+block's input, not its normed form, and the two halves of a gated MLP, not their product; both are computed
+again. *compiled* keeps the same, as a compiler that fuses pointwise work into its neighbours recomputes it in
 backward. *fused* keeps what Transformer Engine and Megatron-Core keep: also each norm's output and the MLP's
 product, in the format in which products read them. Attention keeps its softmax (unfused) or one number a row
 (flash).

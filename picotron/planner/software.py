@@ -7,10 +7,8 @@ architecture, with ``default`` for those not listed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from attrs import Attribute, field, fields, frozen
@@ -18,7 +16,7 @@ from attrs import Attribute, field, fields, frozen
 from picotron.errors import PlanError
 from picotron.planner.architectures import ARCHITECTURES
 from picotron.planner.cases import ATTENTIONS, KERNEL_SETS, LOSSES, SoftwareColumns, columns
-from picotron.planner.records import hint
+from picotron.planner.records import preset, preset_table
 from picotron.planner.validators import FLAG, NAME, as_float, is_between, is_positive, must_be, shown
 
 _SHARE = must_be("a share in [0, 1]", lambda value: is_between(value, 0, 1))
@@ -105,14 +103,14 @@ def profile_names() -> tuple[str, ...]:
 
 def software_profile(name: str) -> SoftwareProfile:
     """The preset of that name. Raises PlanError for an unknown one, with the closest known ones."""
-    known = profile_names()
-    if name not in known:
-        near = hint(name, known) if isinstance(name, str) else ""
-        raise PlanError(f"a software profile must be one of {known}, got {shown(name)}{near}")
-    return _presets()[name]
+    return preset(_presets(), name, "a software profile")
+
+
+def preset_name(profile: SoftwareProfile) -> str | None:
+    """The name by which ``software_profile`` gives this profile, if it is a preset."""
+    return profile.name if _presets().get(profile.name) == profile else None
 
 
 @cache
 def _presets() -> Mapping[str, SoftwareProfile]:
-    text = (files("picotron.planner") / "presets" / "profiles.json").read_text(encoding="utf-8")
-    return {name: SoftwareProfile(name=name, **row) for name, row in json.loads(text).items()}
+    return {name: SoftwareProfile(name=name, **row) for name, row in preset_table("profiles").items()}

@@ -7,10 +7,11 @@ published rather than of a checked kernel set. Sources: DeepSeek-AI 2024, DeepSe
 
 from __future__ import annotations
 
+from picotron.planner.attention import attend, log_sum_exp
 from picotron.planner.body import Tensor
-from picotron.planner.dense import attend, log_sum_exp, output_backward, output_projection
 from picotron.planner.model import Experts, LatentAttention, ModelSpec
 from picotron.planner.operations import Operations
+from picotron.planner.products import output_backward, output_projection
 from picotron.planner.topology import Topology
 
 

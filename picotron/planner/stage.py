@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from attrs import evolve, frozen
 
-from picotron.planner import dense, sparse
+from picotron.planner import attention, ends, mlp, sparse
 from picotron.planner.body import Bodies, Body, Dims, Operation, SegmentBody, Tensor
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.operations import Operations
@@ -175,12 +175,12 @@ def _variant(model: ModelSpec, segment: Segment) -> str:
 
 
 _BODIES: dict[str, tuple[Builder, Builder]] = {
-    "embedding": (dense.embedding_forward, dense.embedding_backward),
-    "attention": (dense.attention_forward, dense.attention_backward),
-    "fused attention": (dense.fused_attention_forward, dense.fused_attention_backward),
+    "embedding": (ends.embedding_forward, ends.embedding_backward),
+    "attention": (attention.attention_forward, attention.attention_backward),
+    "fused attention": (attention.fused_attention_forward, attention.fused_attention_backward),
     "latent attention": (sparse.latent_attention_forward, sparse.latent_attention_backward),
-    "gated mlp": (dense.gated_mlp_forward, dense.gated_mlp_backward),
-    "plain mlp": (dense.plain_mlp_forward, dense.plain_mlp_backward),
+    "gated mlp": (mlp.gated_mlp_forward, mlp.gated_mlp_backward),
+    "plain mlp": (mlp.plain_mlp_forward, mlp.plain_mlp_backward),
     "moe": (sparse.moe_forward, sparse.moe_backward),
-    "head": (dense.head_forward, dense.head_backward),
+    "head": (ends.head_forward, ends.head_backward),
 }

@@ -25,11 +25,19 @@ from typing import Any
 from attrs import frozen
 
 from picotron.errors import PlanError
-from picotron.planner.exported import FEWEST_STEPS, Note, Unexpressed, same_order, stage_slices
+from picotron.planner.exported import (
+    FEWEST_STEPS,
+    Note,
+    Unexpressed,
+    framework_profile,
+    other_software,
+    same_order,
+    stage_slices,
+)
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import schedule_to_csv
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.software import SoftwareProfile, software_profile
+from picotron.planner.software import SoftwareProfile
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
 
@@ -101,16 +109,17 @@ class TorchtitanConfig:
 
 
 def to_torchtitan(
-    plan: TrainingPlan, *, profile: SoftwareProfile | str = PROFILE, steps: int | None = None
+    plan: TrainingPlan, *, profile: SoftwareProfile | str | None = None, steps: int | None = None
 ) -> TorchtitanConfig:
     """The configuration with which torchtitan runs ``plan``.
 
-    ``profile`` decides compilation and overlaps, which are no part of a plan; ``steps`` is how many are
-    trained. Raises PlanError for what is no plan, or an unknown profile.
+    ``profile`` decides compilation and overlaps: left out, the cluster's own where it is one of torchtitan's,
+    else ``torchtitan``. ``steps`` is how many are trained. Raises PlanError for what is no plan, or an
+    unknown profile.
     """
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
-    software = software_profile(profile) if isinstance(profile, str) else profile
+    software = framework_profile(plan, profile, PROFILE)
     parts: list[Part] = [
         *_model(plan.model, plan.workload.precision),
         *_training(plan, steps),
@@ -119,6 +128,7 @@ def to_torchtitan(
         *_pipeline(plan),
         *_recompute(plan),
         *_compile(plan, software),
+        *other_software(plan, software),
         *_others(plan),
     ]
     cluster = plan.cluster

@@ -1,8 +1,8 @@
 """What stands for a moment: the highest point of a layer's backward, and of the head, over what is saved.
 
-Each block is walked tensor by tensor. *eager* is what the bodies of ``dense`` and ``sparse`` say, *fused*
-what the autograd functions of Transformer Engine and Megatron-Core do: gate and up are one product, nothing
-is computed again. *compiled* runs the eager steps.
+Each block is walked tensor by tensor. *eager* is what a plan's own bodies say (``attention``, ``mlp``,
+``sparse``, ``ends``), *fused* what the autograd functions of Transformer Engine and Megatron-Core do: gate
+and up are one product, nothing is computed again. *compiled* runs the eager steps.
 """
 
 from __future__ import annotations
@@ -147,12 +147,7 @@ def _eager_norm(walk: Walk, gradients: Column, block: _Block) -> Column:
 
 def _eager_attention(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors, block: _Block) -> Column:
     """Backward of attention of any kind; a fused projection (GPT-2) joins its three gradients."""
-    context, inputs = t.whole * w.context * t.item, t.whole * (w.query + w.key + w.value) * t.item
-    gathered, scores, walk = block.cut * block.full, _scores(cases, saved), Walk()
-    walk.make(block.local, gathered, context)
-    walk.free(gathered)
-    walk.make(inputs, scores)
-    walk.free(scores, inputs, 2 * context, total(saved.core))
+    walk, inputs = _core(cases, t, w, saved, block)
     walk.make(np.where(cases.model.biases > 0, inputs, t.whole * w.query * t.item / 2))
     walk.free(np.where(cases.model.biases > 0, inputs, t.whole * w.query * t.item / 2))
     return _eager_norm(walk, inputs, block)
@@ -182,14 +177,20 @@ def _fused_experts(size: Column, saved_product: Column, rows: Column, block: _Bl
 
 def _fused_attention(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors, block: _Block) -> Column:
     """Backward of attention whose normed input was kept."""
+    walk, _ = _core(cases, t, w, saved, block)
+    walk.make(block.cut * block.full, block.full)
+    return walk.highest
+
+
+def _core(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors, block: _Block) -> tuple[Walk, Column]:
+    """From the gradient of the output to those of queries, keys and values, whose size is given too."""
     context, inputs = t.whole * w.context * t.item, t.whole * (w.query + w.key + w.value) * t.item
     gathered, scores, walk = block.cut * block.full, _scores(cases, saved), Walk()
     walk.make(block.local, gathered, context)
     walk.free(gathered)
     walk.make(inputs, scores)
     walk.free(scores, inputs, 2 * context, total(saved.core))
-    walk.make(gathered, block.full)
-    return walk.highest
+    return walk, inputs
 
 
 def _scores(cases: Cases, saved: SavedTensors) -> Column:

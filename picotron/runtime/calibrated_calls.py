@@ -6,11 +6,9 @@ whose communication threads count too. Every rank does the same number of calls 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -22,6 +20,7 @@ from picotron.errors import ExecutionError, PlanError
 from picotron.planner.fit_costs import Observation, fit_call, fit_prices
 from picotron.planner.measured import CallCost
 from picotron.runtime.backend import Backend, Group
+from picotron.runtime.loopback import children
 from picotron.runtime.simulated import simulate
 
 BACKENDS = ("simulated", "gloo")
@@ -138,60 +137,18 @@ def over_gloo(function: Callable[..., Any], *arguments: object) -> list[Any]:
     ``function`` is importable by name; ``processes`` are what a ``DistributedBackend`` is made of. Raises
     ExecutionError with a process's traceback.
     """
-    import torch.distributed as dist
-
-    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
-    context = multiprocessing.get_context("spawn")
-    readers, processes = [], []
-    try:
-        for rank in range(2):
-            reader, writer = context.Pipe(duplex=False)
-            work = writer, _environment(rank, 2, store.port), function, arguments
-            process = context.Process(target=_process_main, args=work, daemon=True)
-            process.start()
-            writer.close()
-            readers.append(reader)
-            processes.append(process)
-        return [_answer(reader) for reader in readers]
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        for reader in readers:
-            reader.close()
+    with children(_send_result, 2, function, arguments) as both:
+        return [_answer(child.connection) for child in both]
 
 
-def _environment(rank: int, world_size: int, port: int) -> Mapping[str, str]:
-    """Torchrun's variables, for loopback."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is in the process that launches
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-
-
-def _process_main(
-    writer: Connection,
-    environment: Mapping[str, str],
-    function: Callable[..., Any],
-    arguments: tuple[object, ...],
-) -> None:
+def _send_result(connection: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     """One of the two processes; what goes wrong is told through the pipe."""
     from picotron.runtime.distributed import connect
 
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     try:
-        writer.send((True, function(connect(), *arguments)))
+        connection.send((True, function(connect(), *arguments)))
     except BaseException:
-        writer.send((False, traceback.format_exc()))
+        connection.send((False, traceback.format_exc()))
         raise
 
 
@@ -202,11 +159,11 @@ def _calls_over_gloo(processes: Any, seconds: float) -> Taken:
         return take_calls(backend, seconds)
 
 
-def _answer(reader: Connection) -> Any:
-    if not reader.poll(_TIMEOUT_SECONDS):
+def _answer(connection: Connection) -> Any:
+    if not connection.poll(_TIMEOUT_SECONDS):
         raise ExecutionError(f"a process over gloo must answer within {_TIMEOUT_SECONDS:g} s")
     try:
-        done, answer = reader.recv()
+        done, answer = connection.recv()
     except EOFError:
         raise ExecutionError("a process over gloo ended without an answer") from None
     if not done:

@@ -16,6 +16,7 @@ from picotron.planner.megatron_text import expression, flags, read_arguments
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.serialize import diff
+from picotron.planner.software import software_profile
 from picotron.planner.workload import Workload
 
 
@@ -107,8 +108,8 @@ def test_well_known_models_come_back_whole(name: str):
     one = made(name, "h100:8x8", work=work, pp=2, zero_stage=1)
     exported = to_megatron(one)
     assert exported.unexpressed == ()
-    for source in (exported, str(exported), exported.words):
-        found = from_megatron(source, "h100:8x8", name=name)
+    for source, where in ((exported, "h100:8x8"), (str(exported), "h100:8x8"), (exported.words, one.cluster)):
+        found = from_megatron(source, where, name=name)
         assert diff(found.plan, evolve(one, chosen=())) == ()
         assert found.unknown == ()
 
@@ -178,14 +179,51 @@ def test_a_list_of_arguments_is_read():
     assert (found.topology.ep, found.topology.etp, found.topology.dp) == (8, 1, 16)
     assert (found.schedule_name, found.virtual_stages, found.stage_layers) == ("interleaved", 2, (4,) * 8)
     assert (found.zero_stage, found.sequence_parallel) == (1, False)
-    assert imported().software == (("reduce_overlap", True),)
+    assert ("reduce_overlap", True) in imported().software
+
+
+def test_flags_switch_the_profile_s_overlaps_on_and_off():
+    """Shares are the profile's: what no flag asks for is off, and a layout without room for it keeps it."""
+    base = software_profile("megatron-2025")
+    found = imported().plan.cluster.profile
+    assert found.reduce_overlap and not found.gather_overlap
+    assert (found.expert_overlap, found.tensor_overlap) == (0.0, base.tensor_overlap)
+    assert found.name == "megatron-2025, as flagged"
+    asked = "--overlap-param-gather --overlap-moe-expert-parallel-comm --use-distributed-optimizer"
+    assert imported(asked).plan.cluster.profile == base
+    assert imported("--attention-backend unfused").plan.cluster.profile.attention == {
+        "default": "fused-softmax"
+    }
+    own = ClusterSpec.preset("h100", nodes=8)
+    assert from_megatron(MIXTRAL, own).plan.cluster == own
+    old = from_megatron(MIXTRAL, own, profile="megatron-2021").plan.cluster.profile
+    assert (old.kernels, old.reduce_overlap) == ("fused", True)
+    with pytest.raises(PlanError, match="a software profile must be one of"):
+        from_megatron(MIXTRAL, "h100:8x8", profile="megatron-1999")
+
+
+def test_flags_that_its_own_checks_refuse_together_are_not_written():
+    """Fused rotary kernels of latent attention take YaRN alone; layers' graphs go with no recomputation."""
+    work = Workload(global_batch=64, seq_len=2048)
+    latent = to_megatron(made("deepseek-v3", "h100:8x8", work=work, pp=8))
+    assert "--no-rope-fusion" in latent.words
+    graphs = [
+        "--cuda-graph-impl" in to_megatron(made(recompute=mode), profile="megatron-2026").words
+        for mode in ("none", "selective", "full")
+    ]
+    assert graphs == [True, True, False]
+    assert "NVTE_CPU_OFFLOAD_V1=1" in to_megatron(made(offload=True)).environment
 
 
 def test_yaml_is_read_as_arguments():
     """``--key: value`` lines under MODEL_ARGS; true is a flag alone."""
     pairs = [(f"  --{name}", " ".join(own) or "true") for name, own in flags(MIXTRAL.split())]
-    text = "ENV_VARS:\n  NCCL_ALGO: Ring\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
-    assert from_megatron(text + "\n  --fp16: false\n", "h100:8x8").plan == imported().plan
+    text = "BEFORE: |\n  pip list || true\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
+    text += '\n  --recompute-granularity: selective\n  --recompute-modules: "[core_attn, mlp]"'
+    text += '\n  --fp16: false\nMETRICS:\n  - "lm loss"\n'
+    found = from_megatron(text, "h100:8x8")
+    assert found.plan == imported("--recompute-activations").plan
+    assert "recomputation of mlp is not counted" in found.notes
 
 
 @pytest.mark.parametrize(

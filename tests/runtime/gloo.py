@@ -5,7 +5,6 @@ What strikes simulated ranks as a fault can strike these for real: see ``StruckB
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,10 +15,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import torch
-
 from picotron.planner.faults import Fault, Kill, Pause, compute_factor
 from picotron.runtime.backend import Backend
+from picotron.runtime.loopback import children
 
 STOPPED_SECONDS = 0.5  # how long a process that stops itself stays stopped
 
@@ -47,57 +45,20 @@ def launch(
     Raises RuntimeError with the tracebacks of the ranks that failed, or with the ranks still running when the
     time is up. No process is left behind.
     """
-    import torch.distributed as dist
-
-    # Port 0: one that is free.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    context = multiprocessing.get_context("spawn")
-    readers: dict[Connection, int] = {}
-    processes: list[SpawnProcess] = []
-    try:
-        for rank in range(world_size):
-            reader, writer = context.Pipe(duplex=False)
-            environment = _environment(rank, world_size, store.port)
-            process = context.Process(target=_child, args=(writer, environment, function, args), daemon=True)
-            process.start()
-            writer.close()
-            readers[reader] = rank
-            processes.append(process)
+    with children(_report_result, world_size, function, args) as ranks:
+        readers = {child.connection: rank for rank, child in enumerate(ranks)}
+        processes = [child.process for child in ranks]
         return _results(readers, processes, time.monotonic() + timeout_seconds, killed)
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-            process.close()
-        for reader in readers:
-            reader.close()
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is in the process that launches
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-
-
-def _child(
-    writer: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[object, ...]
-) -> None:
+def _report_result(connection: Connection, function: Callable[..., Any], args: tuple[object, ...]) -> None:
     """What each process runs: the function, then its result or its traceback down the pipe."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     try:
         report = pickle.dumps((None, function(*args)))
     except BaseException:
         report = pickle.dumps((traceback.format_exc(), None))
-    writer.send_bytes(report)
-    writer.close()
+    connection.send_bytes(report)
+    connection.close()
 
 
 def _results(
