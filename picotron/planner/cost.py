@@ -43,6 +43,20 @@ def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
     return (rated(plan, operation) + operation.kernels * reached.kernel_seconds) * reached.compute_scale
 
 
+def launch_seconds(plan: TrainingPlan, operation: Operation) -> float:
+    """The part of ``compute_seconds`` that goes into launching kernels."""
+    reached = plan.cluster.efficiency
+    if operation.kind in COLLECTIVES:
+        return 0.0
+    return operation.kernels * reached.kernel_seconds * reached.compute_scale
+
+
+def segment_overhead_seconds(plan: TrainingPlan) -> float:
+    """What every segment begins with, where that was measured."""
+    reached = plan.cluster.efficiency
+    return reached.compute_scale * reached.measured.segment_seconds if reached.measured else 0.0
+
+
 def _roofline_seconds(plan: TrainingPlan, operation: Operation) -> float:
     device, reached = plan.cluster.device, plan.cluster.efficiency
     by_memory = operation.moved_bytes / (device.memory_bytes_per_second * reached.memory)
@@ -150,8 +164,7 @@ def _stage_cost(
     price: Callable[[Operation], CollectiveCost],
     seconds: ProfileSeconds | None,
 ) -> StageCost:
-    reached = plan.cluster.efficiency
-    overhead = reached.compute_scale * reached.measured.segment_seconds if reached.measured else 0.0
+    overhead = segment_overhead_seconds(plan)
 
     def segment_cost(segment: SegmentBody) -> SegmentCost:
         compute = [overhead]

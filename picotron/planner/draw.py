@@ -37,6 +37,7 @@ from picotron.planner.grid import (
     strips,
     windows_of,
 )
+from picotron.planner.interval import Interval
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
@@ -245,7 +246,7 @@ def _memory_bar(split: dict[str, int], scale: int, columns: int, capacity: int |
 
 
 def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
-    """The figures of one predicted step, and whether it fits; each misfit has its line."""
+    """The figures of one predicted step, how sure its time is, and whether it fits; a line a misfit."""
     exposed = prediction.exposed_communication_seconds
     figures = [
         ("step time", human_seconds(prediction.step_seconds)),
@@ -259,7 +260,10 @@ def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
         ("MFU", f"{_percent(prediction.mfu)} (full attention)"),
         ("MFU causal", _percent(prediction.mfu_causal)),
         ("HFU", _percent(prediction.hfu)),
-        ("peak memory", f"{human_bytes(prediction.peak_memory_bytes)} on rank {prediction.peak_memory_rank}"),
+        (
+            "peak of tensors",
+            f"{human_bytes(prediction.peak_memory_bytes)} on rank {prediction.peak_memory_rank}",
+        ),
         ("margin", f"{human_bytes(prediction.margin_bytes)} of {human_bytes(prediction.capacity_bytes)}"),
     ]
     half = (len(figures) + 1) // 2
@@ -270,7 +274,31 @@ def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
     verdict = (
         ["fits: yes"] if prediction.fits else ["fits: NO", *(f"  {line}" for line in prediction.misfits)]
     )
-    return joined(["predicted for one step, nothing has run", *lines, *verdict], width)
+    beside = _beside_tensors(prediction)
+    certainty = f"  {interval_words(prediction.interval, prediction.step_seconds)}"
+    return joined(["predicted for one step, nothing has run", *lines, *beside, certainty, *verdict], width)
+
+
+def _beside_tensors(prediction: Prediction) -> list[str]:
+    """A line of what the device holds beside tensors, if anything."""
+    framework, lost = prediction.framework_bytes, prediction.fragmentation_bytes
+    if not framework + lost:
+        return []
+    return [
+        f"  the device holds {human_bytes(prediction.reserved_bytes)} there: framework "
+        f"{human_bytes(framework)}, fragmentation {human_bytes(lost)}"
+    ]
+
+
+def interval_words(interval: Interval | None, seconds: float) -> str:
+    """Where measured seconds are to be expected, and how that is known."""
+    if interval is None:
+        return "how far this may be off is unknown: no run on such a machine has been compared"
+    ranges = [("half of known runs", interval.half_range(seconds))]
+    if most := interval.most_range(seconds):
+        ranges.append(("80 %", most))
+    parts = [f"{who} within {human_seconds(low)} to {human_seconds(high)}" for who, (low, high) in ranges]
+    return f"{', '.join(parts)} ({interval.source})"
 
 
 def _figure(name: str, value: str) -> str:

@@ -201,11 +201,12 @@ def _scaled(link: LinkSpec, rate: float, latency: float) -> LinkSpec:
 
 
 def other_device(cluster: ClusterSpec, name: str) -> ClusterSpec:
-    """As many nodes of as many devices of another machine, with its own links.
+    """As many nodes of as many devices of another machine, with its own links and the same software.
 
     Raises PlanError for an unknown one.
     """
-    return ClusterSpec.preset(name, nodes=cluster.nodes, devices_per_node=cluster.devices_per_node)
+    machine = ClusterSpec.preset(name, nodes=cluster.nodes, devices_per_node=cluster.devices_per_node)
+    return evolve(machine, profile=cluster.profile)
 
 
 def single_changes(base: TrainingPlan) -> tuple[dict[str, Any], ...]:

@@ -8,7 +8,8 @@ import pytest
 
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.explain import MEANINGS, draw_explanation, draw_what_if, explain, what_if
+from picotron.planner.draw_explanation import MEANINGS, draw_explanation, draw_what_if
+from picotron.planner.explain import explain, what_if
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import model_flops
@@ -61,7 +62,8 @@ def test_a_faster_network_shortens_transfers_alone():
     one = made(tp=4, pp=1)
     found = dict(what_if(one, cluster=other_network(one.cluster, network=2)).seconds)
     assert found["data"] <= 0
-    assert all(value == 0 for cause, value in found.items() if cause not in ("data", "pipeline_transfer"))
+    others = [abs(value) for cause, value in found.items() if cause not in ("data", "pipeline_transfer")]
+    assert max(others) < 1e-12
     assert dict(what_if(one, cluster=other_network(one.cluster, bandwidth=2)).seconds)["tensor"] < 0
 
 
