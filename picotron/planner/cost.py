@@ -126,7 +126,9 @@ def _slowest_link(
     Groups that lie over their nodes alike have equal links: one of each kind is asked for.
     """
     nodes = np.array(members) // plan.cluster.devices_per_node
-    _, firsts = np.unique(nodes - nodes[:, :1], axis=0, return_index=True)
+    patterns = np.ascontiguousarray(nodes - nodes[:, :1])
+    whole_rows = patterns.view(np.dtype((np.void, patterns.itemsize * patterns.shape[1])))
+    _, firsts = np.unique(whole_rows.ravel(), return_index=True)
     links = [link_of(plan.cluster, members[first]) for first in sorted(firsts.tolist())]
     slowest = min(links, key=lambda link: link.bytes_per_second)
     return achieved_link(slowest, plan.cluster.efficiency)

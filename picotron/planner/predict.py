@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 from picotron.errors import PlanError
 from picotron.planner.body import Category, collective_bytes
 from picotron.planner.causes import runs, step_causes
+from picotron.planner.chart import rank_ranges
 from picotron.planner.classes import axis_indices
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
@@ -27,6 +28,7 @@ from picotron.planner.timeline import Timeline, pipeline_costs
 from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
+MOST_NAMED = 6  # stages of a rank that are named one by one
 _STANDING: tuple[Category, ...] = ("parameters", "gradients", "optimizer")
 
 
@@ -216,7 +218,8 @@ def _misfits(
             apart = whole - timeline.max_bytes
             beside = f", framework and fragmentation {apart / 2**30:.2f} GiB" if apart else ""
             stages = plan.rank_stages(pp)
-            held = "stage" + "s" * (len(stages) > 1) + " " + ", ".join(map(str, stages))
+            names = ", ".join(map(str, stages)) if len(stages) <= MOST_NAMED else rank_ranges(stages)
+            held = "stage" + "s" * (len(stages) > 1) + f" {names}"
             lines[pp] = (
                 f"{held} need{'s' * (len(stages) == 1)} "
                 f"{whole / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
