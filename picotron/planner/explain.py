@@ -220,8 +220,11 @@ def what_if(
     """
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
-    other, followed = changed(plan, settings or {}, cluster)
-    own = tuple(f"{name}={value}" for name, value in (settings or {}).items())
+    if not isinstance(asked, Sequence) or not all(isinstance(words, str) for words in asked):
+        raise PlanError(f"asked must be words, one text for each thing that differs, got {shown(asked)}")
+    settings = {} if settings is None else settings
+    other, followed = changed(plan, settings, cluster)
+    own = tuple(f"{name}={value}" for name, value in settings.items())
     return WhatIf(
         before=explain(plan, profile=profile, interval=interval, changes=0),
         after=explain(other, profile=profile_after or profile, interval=interval, changes=0),

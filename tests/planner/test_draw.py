@@ -494,7 +494,7 @@ def test_names_of_many_stages_are_wrapped():
 
 
 def test_a_page_of_many_stages_a_rank_keeps_its_width() -> None:
-    """Thirty stages on each of two ranks: they are named as a range, also where they do not fit the device."""
+    """Thirty stages on each of two ranks: a range names them, also where they do not fit the device."""
     model = evolve(ModelSpec.from_hf("llama-tiny"), num_layers=60)
     cluster = ClusterSpec.preset("cpu", devices_per_node=2)
     small = evolve(cluster, device=evolve(cluster.device, memory_bytes=2**20))
