@@ -12,7 +12,7 @@ from picotron.errors import PlanError
 from picotron.planner.body import Category, collective_bytes
 from picotron.planner.causes import runs, step_causes
 from picotron.planner.chart import rank_ranges
-from picotron.planner.classes import axis_indices
+from picotron.planner.classes import RankClasses, axis_indices
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
@@ -135,7 +135,8 @@ def predict(plan: TrainingPlan) -> Prediction:
         hfu=_executed_flops(plan) / step_seconds / peak,
         bubble_seconds=idle_seconds(plan.schedule, costs, spans),
         bubble_fraction=bubble_fraction(plan.schedule, costs, spans),
-        exposed_communication_seconds=step_seconds - _seconds_without_communication(plan, seconds),
+        exposed_communication_seconds=step_seconds
+        - _seconds_without_communication(plan, seconds, step.classes),
         compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
         seconds_by_cause=step_causes(plan, step, seconds),
         memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
@@ -172,10 +173,12 @@ def _executed_flops(plan: TrainingPlan) -> int:
     return per_pipeline * plan.topology.dp * plan.topology.cp
 
 
-def _seconds_without_communication(plan: TrainingPlan, seconds: Mapping[int, Durations]) -> float:
+def _seconds_without_communication(
+    plan: TrainingPlan, seconds: Mapping[int, Durations], classes: RankClasses
+) -> float:
     """The step with every transfer and collective free."""
     free = {index: _without_communication(own) for index, own in seconds.items()}
-    return priced_step(plan, (), free).step_seconds
+    return priced_step(plan, (), free, classes).step_seconds
 
 
 def _without_communication(seconds: Durations) -> Durations:
