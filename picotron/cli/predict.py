@@ -17,6 +17,7 @@ from picotron.planner.serialize import fingerprint
 from picotron.planner.timeline import chrome_trace
 
 HOURS_PER_DAY = 24
+_LEFT_OUT = ("plan", "payload_bytes_by_rank", "timeline")  # of what is printed as JSON
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -49,7 +50,7 @@ def tokens(text: str) -> float:
 
 def prediction_data(plan: TrainingPlan, prediction: Prediction, total: float | None = None) -> dict[str, Any]:
     """The prediction as values that JSON has; ``total`` tokens add ``days`` and ``gpu_hours``."""
-    shown = [field.name for field in fields(Prediction) if field.repr]
+    shown = [field.name for field in fields(Prediction) if field.name not in _LEFT_OUT]
     return {
         **{name: getattr(prediction, name) for name in shown},
         **interval_data(prediction.interval, prediction.step_seconds),

@@ -30,6 +30,7 @@ from picotron.planner.program import COLLECTIVES, COMPUTE, COPIES, RECEIVES, SEN
 from picotron.planner.simulate import Durations, SimulatedStep, slices
 
 CAUSES = (*ESTIMATED, "schedule")
+ROUNDING = 1e-12  # of a sum of many floats, relative
 _OF_GROUP = {"tp": "tensor", "cp": "context", "ep": "expert", "etp": "expert"}
 _OF_KIND = {"matmul": "matmul", "attention": "attention", "kernel": "elementwise"}
 _SUMMED = (Kind.COUNT, Kind.NORM)
@@ -58,11 +59,16 @@ def step_causes(plan: TrainingPlan, step: SimulatedStep, seconds: Mapping[int, D
     computed = sum(found.values())
     waits, spent = _waits(step, busiest, rows(plan.program(index), pp))
     idle = "pipeline_bubble" if plan.topology.pp > 1 else "schedule"
-    found[idle] += max(waits.pop("idle"), 0.0)
-    found["schedule"] += max(spent - computed, 0.0)
+    found[idle] += _beyond_rounding(waits.pop("idle"), step.step_seconds)
+    found["schedule"] += _beyond_rounding(spent - computed, spent)
     for cause, value in waits.items():
         found[cause] += value
     return _summing_to(step.step_seconds, {cause: found[cause] for cause in CAUSES})
+
+
+def _beyond_rounding(value: float, whole: float) -> float:
+    """A difference of sums as large as ``whole``; 0 where rounding alone made it."""
+    return value if value > ROUNDING * whole else 0.0
 
 
 def runs(program: Program, rank: int) -> Runs:

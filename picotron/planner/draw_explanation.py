@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from picotron.planner.causes import ROUNDING
 from picotron.planner.chart import human_bytes, human_seconds
 from picotron.planner.draw import interval_words
 from picotron.planner.explain import Explanation, Items, WhatIf
 from picotron.planner.grid import WIDTH, joined
+from picotron.planner.profile_prices import has_time_model
 
 MEANINGS = {  # cause: what it is, for people; transfers as far as nothing hides them
     "matmul": "matrix products",
@@ -57,10 +59,15 @@ def draw_explanation(one: Explanation, *, width: int = WIDTH, colour: bool = Fal
         words = "save time" if one.margin_bytes >= 0 else "make it fit"
         lines += [
             "",
-            f"single changes that {words}, found by estimate, each predicted",
+            f"single changes that {words}, {_found(one)}",
             *(f"  {line}" for line in _change_lines(one)),
         ]
     return joined(lines, width)
+
+
+def _found(one: Explanation) -> str:
+    """How its changes were found: without a time model nothing is quicker than predicting all."""
+    return "found by estimate, each predicted" if has_time_model(one.plan) else "each predicted"
 
 
 def draw_what_if(one: WhatIf, *, width: int = WIDTH, colour: bool = False) -> str:
@@ -76,7 +83,13 @@ def draw_what_if(one: WhatIf, *, width: int = WIDTH, colour: bool = False) -> st
         "",
         f"a step takes {_signed(change, human_seconds)} "
         f"({_percent(change / before.step_seconds, '+')}), of which",
-        *_difference_bars(one.seconds, human_seconds, colour=colour, meanings=MEANINGS),
+        *_difference_bars(
+            one.seconds,
+            human_seconds,
+            colour=colour,
+            meanings=MEANINGS,
+            least=ROUNDING * before.step_seconds,
+        ),
         "",
         f"the fullest rank holds {_signed(after.peak_bytes - before.peak_bytes, _whole_bytes)}, of which",
         *_difference_bars(one.bytes, _whole_bytes, colour=colour),
@@ -121,11 +134,11 @@ def _bars(items: Items, human: Any, *, colour: bool, meanings: Mapping[str, str]
 
 
 def _difference_bars(
-    items: Items, human: Any, *, colour: bool, meanings: Mapping[str, str] = {}
+    items: Items, human: Any, *, colour: bool, meanings: Mapping[str, str] = {}, least: float = 0.0
 ) -> list[str]:
-    """A bar for each difference, the largest first."""
+    """A bar for each difference, the largest first; what rounding alone made is left out."""
     longest = max((abs(value) for _, value in items), default=0.0) or 1.0
-    ordered = sorted((item for item in items if item[1]), key=lambda item: -abs(item[1]))
+    ordered = sorted((item for item in items if abs(item[1]) > least), key=lambda item: -abs(item[1]))
     return [
         f"  {name.ljust(_NAME)}{_signed(value, human).rjust(11)}  "
         + _painted(_bar(abs(value) / longest), name, colour)

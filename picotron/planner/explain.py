@@ -22,7 +22,7 @@ from picotron.planner.estimate_memory import estimate_bytes
 from picotron.planner.interval import Interval, interval_data
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
-from picotron.planner.profile_prices import profile_seconds
+from picotron.planner.profile_prices import has_time_model
 from picotron.planner.serialize import fingerprint
 from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.topology import coordinate
@@ -264,7 +264,7 @@ def _promising(plan: TrainingPlan, most: float) -> list[tuple[str, TrainingPlan]
     time model to say so.
     """
     every = list(_changed_plans(plan))
-    if profile_seconds(plan) is None:
+    if not has_time_model(plan):
         return sorted(every, key=lambda pair: predict(pair[1]).step_seconds)
     own, capacity = _estimated(plan)[0], plan.cluster.device.memory_bytes
     estimates = [_estimated(other) for _, other in every]

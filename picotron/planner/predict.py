@@ -61,10 +61,10 @@ class Prediction:
     bubble_seconds: tuple[float, ...]
     bubble_fraction: float
     exposed_communication_seconds: float
-    compute_seconds_by_rank: tuple[float, ...]
+    compute_seconds_by_rank: tuple[float, ...] = field(repr=False)
     seconds_by_cause: tuple[tuple[str, float], ...]
-    memory_by_rank: tuple[int, ...]
-    reserved_by_rank: tuple[int, ...]
+    memory_by_rank: tuple[int, ...] = field(repr=False)
+    reserved_by_rank: tuple[int, ...] = field(repr=False)
     peak_memory_bytes: int
     peak_memory_rank: int
     memory_by_category: tuple[tuple[str, int], ...]

@@ -58,9 +58,14 @@ class ProfileSeconds:
         return self.forward[kind] if forward else self.backward[kind, mode]
 
 
+def has_time_model(plan: TrainingPlan) -> bool:
+    """Whether the time model prices the layers of ``plan``: not on a CPU, nor where costs were measured."""
+    return plan.cluster.device.architecture != "cpu" and plan.cluster.efficiency.measured is None
+
+
 def profile_seconds(plan: TrainingPlan) -> ProfileSeconds | None:
-    """What the time model says of ``plan``; None on a CPU, and where costs were measured."""
-    if plan.cluster.device.architecture == "cpu" or plan.cluster.efficiency.measured is not None:
+    """What the time model says of ``plan``; None without one."""
+    if not has_time_model(plan):
         return None
     cases, table = cases_of_plan(plan), default_constants()
     layers = layer_times(cases, table, device_rates(cases, table), links(cases, table))
