@@ -171,7 +171,8 @@ def test_a_prediction_is_drawn_or_printed_as_json(run: Run, saved: Path):
     expected = (
         "step_seconds tokens_per_second tokens_per_second_per_device mfu mfu_causal hfu bubble_fraction "
         "exposed_communication_seconds peak_memory_bytes memory_by_rank memory_by_category capacity_bytes "
-        "fits margin_bytes misfits fingerprint clock"
+        "fits margin_bytes misfits fingerprint clock interval interval_of interval_source step_seconds_low "
+        "step_seconds_high wide_step_seconds_high seconds_by_cause reserved_by_rank reserved_bytes"
     )
     assert set(expected.split()) <= set(data)
     assert data["fingerprint"] == fingerprint(load_plan(saved))
@@ -180,6 +181,9 @@ def test_a_prediction_is_drawn_or_printed_as_json(run: Run, saved: Path):
     assert sum(data["memory_by_category"].values()) == data["peak_memory_bytes"]
     assert data["margin_bytes"] == data["capacity_bytes"] - data["peak_memory_bytes"]
     assert (data["fits"], data["misfits"], data["clock"]) == (True, [], "predicted")
+    assert data["interval"] is data["step_seconds_low"] is None  # of a CPU that nobody measured
+    assert sum(data["seconds_by_cause"].values()) == pytest.approx(data["step_seconds"])
+    assert (data["reserved_bytes"], data["framework_bytes"]) == (data["peak_memory_bytes"], 0)
     assert "days" not in data
     code, text, _ = run("predict", saved)
     assert code == 0

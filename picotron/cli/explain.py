@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out
 from picotron.cli.plan import PLAN_FLAGS, read_schedule
 from picotron.errors import PlanError
-from picotron.planner.explain import MOST_CHANGES, draw_explanation, draw_what_if, explain, what_if
+from picotron.planner.draw_explanation import draw_explanation, draw_what_if
+from picotron.planner.explain import MOST_CHANGES, explain, what_if
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.records import hint
 from picotron.planner.what_if import SETTINGS, other_device, other_network

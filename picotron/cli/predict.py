@@ -9,6 +9,7 @@ from attrs import fields
 
 from picotron.cli.common import STANDARD, Subparsers, command, read_plan, write_json, write_out, write_result
 from picotron.planner.draw import draw_prediction
+from picotron.planner.interval import interval_data
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import SECONDS_PER_DAY, Prediction, predict
 from picotron.planner.program import rows
@@ -16,6 +17,7 @@ from picotron.planner.serialize import fingerprint
 from picotron.planner.timeline import chrome_trace
 
 HOURS_PER_DAY = 24
+_LEFT_OUT = ("plan", "payload_bytes_by_rank", "timeline")  # of what is printed as JSON
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -48,10 +50,13 @@ def tokens(text: str) -> float:
 
 def prediction_data(plan: TrainingPlan, prediction: Prediction, total: float | None = None) -> dict[str, Any]:
     """The prediction as values that JSON has; ``total`` tokens add ``days`` and ``gpu_hours``."""
-    shown = [field.name for field in fields(Prediction) if field.repr]
+    shown = [field.name for field in fields(Prediction) if field.name not in _LEFT_OUT]
     return {
         **{name: getattr(prediction, name) for name in shown},
+        **interval_data(prediction.interval, prediction.step_seconds),
+        "seconds_by_cause": dict(prediction.seconds_by_cause),
         "memory_by_category": dict(prediction.memory_by_category),
+        "reserved_bytes": prediction.reserved_bytes,
         "fits": prediction.fits,
         "margin_bytes": prediction.margin_bytes,
         "clock": prediction.timeline.clock,

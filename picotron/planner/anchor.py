@@ -20,7 +20,7 @@ from picotron.planner.estimate import estimate_seconds
 from picotron.planner.model import ModelSpec
 from picotron.planner.network import Group, all_reduce_seconds, links
 from picotron.planner.plan import TrainingPlan, plan
-from picotron.planner.profile_prices import priced_by_operation
+from picotron.planner.profile_prices import has_time_model
 from picotron.planner.workload import Workload
 
 _ONCE = ("optimizer", "data")  # causes that are not of a microbatch
@@ -30,7 +30,7 @@ def anchored(
     machine: MachineColumns, model: ModelSpec, cluster: ClusterSpec, work: Workload
 ) -> MachineColumns:
     """``machine`` with the scales that its operations' prices ask for; itself where a profile prices."""
-    if not priced_by_operation(cluster):
+    if has_time_model(cluster):
         return machine
     alone = evolve(cluster, nodes=1, devices_per_node=1)
     one = plan(model, alone, evolve(work, global_batch=1))

@@ -44,6 +44,20 @@ def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
     return (rated(plan, operation) + operation.kernels * reached.kernel_seconds) * reached.compute_scale
 
 
+def launch_seconds(plan: TrainingPlan, operation: Operation) -> float:
+    """The part of ``compute_seconds`` that goes into launching kernels."""
+    reached = plan.cluster.efficiency
+    if operation.kind in COLLECTIVES:
+        return 0.0
+    return operation.kernels * reached.kernel_seconds * reached.compute_scale
+
+
+def segment_overhead_seconds(plan: TrainingPlan) -> float:
+    """What every segment begins with, where that was measured."""
+    reached = plan.cluster.efficiency
+    return reached.compute_scale * reached.measured.segment_seconds if reached.measured else 0.0
+
+
 def _roofline_seconds(plan: TrainingPlan, operation: Operation) -> float:
     device, reached = plan.cluster.device, plan.cluster.efficiency
     by_memory = operation.moved_bytes / (device.memory_bytes_per_second * reached.memory)
@@ -113,7 +127,9 @@ def _slowest_link(
     Groups that lie over their nodes alike have equal links: one of each kind is asked for.
     """
     nodes = np.array(members) // plan.cluster.devices_per_node
-    _, firsts = np.unique(nodes - nodes[:, :1], axis=0, return_index=True)
+    patterns = np.ascontiguousarray(nodes - nodes[:, :1])
+    whole_rows = patterns.view(np.dtype((np.void, patterns.itemsize * patterns.shape[1])))
+    _, firsts = np.unique(whole_rows.ravel(), return_index=True)
     links = [link_of(plan.cluster, members[first]) for first in sorted(firsts.tolist())]
     slowest = min(links, key=lambda link: link.bytes_per_second)
     return achieved_link(slowest, plan.cluster.efficiency)
@@ -151,8 +167,7 @@ def _stage_cost(
     price: Callable[[Operation], CollectiveCost],
     seconds: ProfileSeconds | None,
 ) -> StageCost:
-    reached = plan.cluster.efficiency
-    overhead = reached.compute_scale * reached.measured.segment_seconds if reached.measured else 0.0
+    overhead = segment_overhead_seconds(plan)
 
     def segment_cost(segment: SegmentBody) -> SegmentCost:
         compute = [overhead]

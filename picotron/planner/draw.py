@@ -37,9 +37,10 @@ from picotron.planner.grid import (
     strips,
     windows_of,
 )
+from picotron.planner.interval import Interval
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.predict import Prediction, predict
+from picotron.planner.predict import MOST_NAMED, Prediction, predict
 from picotron.planner.program import Row, rows
 from picotron.planner.timeline import Timeline
 from picotron.planner.topology import Coordinate, Topology, rank_of
@@ -47,6 +48,7 @@ from picotron.planner.topology import Coordinate, Topology, rank_of
 _MEMORY_LETTERS = {"parameters": "P", "gradients": "G", "optimizer": "O", "activations": "A", "other": "x"}
 _MEMORY_HEADS = ("params", "grads", "optim", "activ", "other", "peak")
 _CLOSE_TO_SCALE = 8  # a capacity more than this many times the peak is named, not drawn
+NARROWEST = len("dp 0  ")  # of a grid's columns
 LEGIBLE_COLUMNS = 4  # of a typical action where the whole step would not show it
 
 
@@ -112,7 +114,7 @@ def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
     """
     names = [f"{name}: {held}" for name, held in zip(stage_names(plan), stage_contents(plan), strict=True)]
     margin = min(max(map(len, names)) + 2, width // 2)
-    for merged in _column_merges(plan.topology):
+    for merged in _column_merges(plan.topology, max(1, (width + 2 - margin) // NARROWEST)):
         heads, cells = _grid_cells(plan.topology, merged)
         size = max(len(text) for row in [heads, *cells] for text in row) + 2
         if margin + size * len(heads) <= width + 2:
@@ -129,13 +131,16 @@ def draw_grid(plan: TrainingPlan, *, width: int = WIDTH) -> str:
 
 
 def stage_names(plan: TrainingPlan) -> tuple[str, ...]:
-    """What each pipeline rank's row is called: ``stage 3``, or ``stages 3,4``."""
+    """What each pipeline rank's row is called: ``stage 3``, ``stages 3,4``, or ``stages 1-29:4``."""
     digits = len(str(plan.num_stages - 1))
     several = "s" * (plan.virtual_stages > 1)
-    return tuple(
-        f"stage{several} " + ",".join(f"{stage:>{digits}}" for stage in plan.rank_stages(rank))
-        for rank in range(plan.topology.pp)
-    )
+
+    def named(stages: Sequence[int]) -> str:
+        if len(stages) > MOST_NAMED:
+            return rank_ranges(stages)
+        return ",".join(f"{stage:>{digits}}" for stage in stages)
+
+    return tuple(f"stage{several} {named(plan.rank_stages(rank))}" for rank in range(plan.topology.pp))
 
 
 def stage_contents(plan: TrainingPlan) -> tuple[str, ...]:
@@ -150,10 +155,11 @@ def stage_contents(plan: TrainingPlan) -> tuple[str, ...]:
     )
 
 
-def _column_merges(topology: Topology) -> list[tuple[int, int]]:
-    """How many dp and cp indices share a column, from none merged to all."""
-    within = [(1, size) for size in _divisors(topology.cp)]
-    return within + [(size, topology.cp) for size in _divisors(topology.dp) if size > 1]
+def _column_merges(topology: Topology, most: int) -> list[tuple[int, int]]:
+    """How many dp and cp indices share a column, from none merged to all; of ``most`` columns."""
+    merges = [(1, size) for size in _divisors(topology.cp)]
+    merges += [(size, topology.cp) for size in _divisors(topology.dp) if size > 1]
+    return [merged for merged in merges if topology.dp * topology.cp // (merged[0] * merged[1]) <= most]
 
 
 def _divisors(number: int) -> list[int]:
@@ -227,7 +233,9 @@ def draw_memory(plan: TrainingPlan, *, width: int = WIDTH) -> str:
         texts = "".join(f"{number / unit_bytes:8.{decimals(peak / unit_bytes)}f}" for number in numbers)
         bar = _memory_bar(split, scale, bar_columns, capacity if drawn else None)
         lines.append(f"{name.ljust(margin)}{texts}  {bar}")
-    lines.append(", ".join(f"{letter} {name}" for name, letter in _MEMORY_LETTERS.items()))
+    apart = "; beside them the device holds its framework and fragmentation"
+    kinds = ", ".join(f"{letter} {name}" for name, letter in _MEMORY_LETTERS.items())
+    lines.append(kinds + apart * (plan.cluster.device.kind != "cpu"))
     return joined(lines, width)
 
 
@@ -245,7 +253,7 @@ def _memory_bar(split: dict[str, int], scale: int, columns: int, capacity: int |
 
 
 def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
-    """The figures of one predicted step, and whether it fits; each misfit has its line."""
+    """The figures of one predicted step, how sure its time is, and whether it fits; a line a misfit."""
     exposed = prediction.exposed_communication_seconds
     figures = [
         ("step time", human_seconds(prediction.step_seconds)),
@@ -259,7 +267,10 @@ def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
         ("MFU", f"{_percent(prediction.mfu)} (full attention)"),
         ("MFU causal", _percent(prediction.mfu_causal)),
         ("HFU", _percent(prediction.hfu)),
-        ("peak memory", f"{human_bytes(prediction.peak_memory_bytes)} on rank {prediction.peak_memory_rank}"),
+        (
+            "peak of tensors",
+            f"{human_bytes(prediction.peak_memory_bytes)} on rank {prediction.peak_memory_rank}",
+        ),
         ("margin", f"{human_bytes(prediction.margin_bytes)} of {human_bytes(prediction.capacity_bytes)}"),
     ]
     half = (len(figures) + 1) // 2
@@ -270,7 +281,31 @@ def draw_prediction(prediction: Prediction, *, width: int = WIDTH) -> str:
     verdict = (
         ["fits: yes"] if prediction.fits else ["fits: NO", *(f"  {line}" for line in prediction.misfits)]
     )
-    return joined(["predicted for one step, nothing has run", *lines, *verdict], width)
+    beside = _beside_tensors(prediction)
+    certainty = f"  {interval_words(prediction.interval, prediction.step_seconds)}"
+    return joined(["predicted for one step, nothing has run", *lines, *beside, certainty, *verdict], width)
+
+
+def _beside_tensors(prediction: Prediction) -> list[str]:
+    """A line of what the device holds beside tensors, if anything."""
+    framework, lost = prediction.framework_bytes, prediction.fragmentation_bytes
+    if not framework + lost:
+        return []
+    return [
+        f"  the device holds {human_bytes(prediction.reserved_bytes)} there: framework "
+        f"{human_bytes(framework)}, fragmentation {human_bytes(lost)}"
+    ]
+
+
+def interval_words(interval: Interval | None, seconds: float) -> str:
+    """Where measured seconds are to be expected, and how that is known."""
+    if interval is None:
+        return "how far this may be off is unknown: no run on such a machine has been compared"
+    ranges = [("half of known runs", interval.half_range(seconds))]
+    if most := interval.most_range(seconds):
+        ranges.append(("80 %", most))
+    parts = [f"{who} within {human_seconds(low)} to {human_seconds(high)}" for who, (low, high) in ranges]
+    return f"{', '.join(parts)} ({interval.source})"
 
 
 def _figure(name: str, value: str) -> str:

@@ -34,10 +34,19 @@ def schedule_svg(plan: TrainingPlan) -> str:
 
 def _summary(prediction: Prediction) -> str:
     return (
-        f"One step takes {human_seconds(prediction.step_seconds)} (virtual time, predicted): "
+        f"One step takes {human_seconds(prediction.step_seconds)} "
+        f"(virtual time, predicted{_range(prediction)}): "
         f"bubble {prediction.bubble_fraction:.1%}, MFU {prediction.mfu:.1%}, "
         f"{prediction.tokens_per_second:,.0f} tokens/s"
     )
+
+
+def _range(prediction: Prediction) -> str:
+    """What half of known runs would take, where any are known."""
+    if prediction.step_seconds_range is None:
+        return ", error unknown"
+    low, high = map(human_seconds, prediction.step_seconds_range)
+    return f", half of known runs {low} to {high}"
 
 
 def timeline_svg(

@@ -9,21 +9,27 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import collective_bytes
-from picotron.planner.classes import axis_indices
+from picotron.planner.body import Category, collective_bytes
+from picotron.planner.causes import runs, step_causes
+from picotron.planner.chart import rank_ranges
+from picotron.planner.classes import RankClasses, axis_indices
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
+from picotron.planner.interval import Interval, known_interval
 from picotron.planner.layout import even_range
-from picotron.planner.memory import MemoryTimeline, memory_timeline
+from picotron.planner.memory import MemoryTimeline, memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, Kind, Program, payload_bytes
+from picotron.planner.program import COMPUTE, payload_bytes
+from picotron.planner.reserved import beside_tensors
 from picotron.planner.schedule_times import bubble_fraction, idle_seconds, schedule_times
 from picotron.planner.simulate import Durations, durations, pipeline_timeline, priced_step, slices
 from picotron.planner.timeline import Timeline, pipeline_costs
 from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
+MOST_NAMED = 6  # stages of a rank that are named one by one
+_STANDING: tuple[Category, ...] = ("parameters", "gradients", "optimizer")
 
 
 @frozen(kw_only=True)
@@ -35,10 +41,18 @@ class Prediction:
     ``bubble_fraction`` is the schedule's own idle share, averaged over pipeline ranks, transfers free.
     ``exposed_communication_seconds`` is what the step would gain if all communication were free.
     ``payload_bytes_by_rank`` counts what each rank hands over in a step, by (kind, group).
+    ``interval`` is how far known runs were off, None where none are known. ``seconds_by_cause`` sum to the
+    step (``causes``).
+
+    ``memory_by_rank`` are the tensors of each rank at its highest moment. A device also holds what its
+    framework takes and what fragmentation wastes, both nothing on a CPU: ``reserved_by_rank`` is all of it,
+    and what decides whether a plan fits. ``peak_memory_rank`` is the rank that reserves most;
+    ``peak_memory_bytes`` and ``memory_by_category`` are its tensors.
     """
 
     plan: TrainingPlan = field(repr=False)
     step_seconds: float
+    interval: Interval | None
     tokens_per_second: float
     tokens_per_second_per_device: float
     mfu: float
@@ -47,25 +61,49 @@ class Prediction:
     bubble_seconds: tuple[float, ...]
     bubble_fraction: float
     exposed_communication_seconds: float
-    compute_seconds_by_rank: tuple[float, ...]
-    memory_by_rank: tuple[int, ...]
+    compute_seconds_by_rank: tuple[float, ...] = field(repr=False)
+    seconds_by_cause: tuple[tuple[str, float], ...]
+    memory_by_rank: tuple[int, ...] = field(repr=False)
+    reserved_by_rank: tuple[int, ...] = field(repr=False)
     peak_memory_bytes: int
     peak_memory_rank: int
     memory_by_category: tuple[tuple[str, int], ...]
+    framework_bytes: int
+    fragmentation_bytes: int
     capacity_bytes: int
     misfits: tuple[str, ...]
     payload_bytes_by_rank: tuple[tuple[tuple[str, str, int], ...], ...] = field(repr=False)
     timeline: Timeline = field(repr=False)
 
+    def __str__(self) -> str:
+        from picotron.planner.draw import draw_prediction
+
+        return draw_prediction(self)
+
+    @property
+    def step_seconds_range(self) -> tuple[float, float] | None:
+        """Between which seconds half of the known runs would be."""
+        return self.interval.half_range(self.step_seconds) if self.interval else None
+
+    @property
+    def wide_step_seconds_range(self) -> tuple[float, float] | None:
+        """Between which seconds 80 % of them would be."""
+        return self.interval.most_range(self.step_seconds) if self.interval else None
+
+    @property
+    def reserved_bytes(self) -> int:
+        """All that the fullest rank's device holds: tensors, framework and fragmentation."""
+        return self.peak_memory_bytes + self.framework_bytes + self.fragmentation_bytes
+
     @property
     def fits(self) -> bool:
-        """Whether every rank's peak is within the device's memory."""
+        """Whether all that every rank holds is within the device's memory."""
         return not self.misfits
 
     @property
     def margin_bytes(self) -> int:
         """What the fullest rank has left; negative if it does not fit."""
-        return self.capacity_bytes - self.peak_memory_bytes
+        return self.capacity_bytes - self.reserved_bytes
 
 
 def predict(plan: TrainingPlan) -> Prediction:
@@ -81,12 +119,15 @@ def predict(plan: TrainingPlan) -> Prediction:
     tokens = plan.workload.global_batch * plan.workload.seq_len
     costs = pipeline_costs(seconds[0].stages)
     spans = schedule_times(plan.schedule, costs)
-    memory = _memory_by_rank(plan)
-    fullest = max(range(len(memory)), key=lambda rank: memory[rank].max_bytes)
+    memory, fragmentation = _memory_by_rank(plan)
+    framework = beside_tensors(plan).framework_bytes
+    reserved = [own.max_bytes + framework + lost for own, lost in zip(memory, fragmentation, strict=True)]
+    fullest = max(range(len(memory)), key=reserved.__getitem__)
     peak = peak_flops_per_second(plan.cluster.device, plan.format.product) * plan.cluster.num_devices
     return Prediction(
         plan=plan,
         step_seconds=step_seconds,
+        interval=known_interval(plan.cluster, experts=plan.model.experts is not None),
         tokens_per_second=tokens / step_seconds,
         tokens_per_second_per_device=tokens / step_seconds / plan.topology.world_size,
         mfu=model_flops(plan, "full") / step_seconds / peak,
@@ -94,14 +135,19 @@ def predict(plan: TrainingPlan) -> Prediction:
         hfu=_executed_flops(plan) / step_seconds / peak,
         bubble_seconds=idle_seconds(plan.schedule, costs, spans),
         bubble_fraction=bubble_fraction(plan.schedule, costs, spans),
-        exposed_communication_seconds=step_seconds - _seconds_without_communication(plan, seconds),
+        exposed_communication_seconds=step_seconds
+        - _seconds_without_communication(plan, seconds, step.classes),
         compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
+        seconds_by_cause=step_causes(plan, step, seconds),
         memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
+        reserved_by_rank=tuple(reserved),
         peak_memory_bytes=memory[fullest].max_bytes,
         peak_memory_rank=fullest,
         memory_by_category=memory[fullest].peak_by_category,
+        framework_bytes=framework,
+        fragmentation_bytes=fragmentation[fullest],
         capacity_bytes=plan.cluster.device.memory_bytes,
-        misfits=_misfits(plan, memory),
+        misfits=_misfits(plan, memory, reserved),
         payload_bytes_by_rank=planned_payloads(plan),
         timeline=pipeline_timeline(step),
     )
@@ -122,22 +168,17 @@ def _executed_flops(plan: TrainingPlan) -> int:
     for index, num_ranks in Counter(slices(plan)).items():
         bodies = [plan.bodies(stage, index) for stage in range(plan.num_stages)]
         for rank in range(program.num_ranks):
-            for (stage, kind), count in _runs(program, rank).items():
+            for (stage, kind), count in runs(program, rank).items():
                 per_pipeline += of_kind(bodies[stage], kind).flops * count * num_ranks
     return per_pipeline * plan.topology.dp * plan.topology.cp
 
 
-def _runs(program: Program, rank: int) -> Counter[tuple[int, Kind]]:
-    """How often a pipeline rank runs each (stage, kind) that computes."""
-    own = slice(*program.offsets[rank : rank + 2])
-    pairs = zip(program.stage[own].tolist(), program.kind[own].tolist(), strict=True)
-    return Counter((stage, Kind(kind)) for stage, kind in pairs if kind in COMPUTE)
-
-
-def _seconds_without_communication(plan: TrainingPlan, seconds: Mapping[int, Durations]) -> float:
+def _seconds_without_communication(
+    plan: TrainingPlan, seconds: Mapping[int, Durations], classes: RankClasses
+) -> float:
     """The step with every transfer and collective free."""
     free = {index: _without_communication(own) for index, own in seconds.items()}
-    return priced_step(plan, (), free).step_seconds
+    return priced_step(plan, (), free, classes).step_seconds
 
 
 def _without_communication(seconds: Durations) -> Durations:
@@ -153,30 +194,40 @@ def _without_communication(seconds: Durations) -> Durations:
     return Durations(stages=tuple(stages), send_seconds=0.0, reduce_seconds=reductions)
 
 
-def _memory_by_rank(plan: TrainingPlan) -> tuple[MemoryTimeline, ...]:
-    """One timeline a rank, shared by ranks of equal stages and slices.
+def _memory_by_rank(plan: TrainingPlan) -> tuple[list[MemoryTimeline], list[int]]:
+    """A timeline of each rank and the bytes of its fragmentation, shared by ranks of equal stages and slices.
 
     Among those, the gradient norm's scratch differs by a few bytes for each tensor; no other moment does.
     """
-    keys = alike(plan)
-    found = {key: memory_timeline(plan, rank) for key, rank in _firsts(keys).items()}
-    return tuple(found[key] for key in keys)
+    keys, beside = alike(plan), beside_tensors(plan)
+    timelines, lost = {}, {}
+    for key, rank in _firsts(keys).items():
+        timelines[key] = own = memory_timeline(plan, rank)
+        standing = static_bytes(plan, coordinate(plan.topology, rank))
+        moving = own.max_bytes - sum(standing[name] for name in _STANDING)
+        lost[key] = beside.fragmentation_bytes(moving)
+    return [timelines[key] for key in keys], [lost[key] for key in keys]
 
 
-def _misfits(plan: TrainingPlan, memory: tuple[MemoryTimeline, ...]) -> tuple[str, ...]:
+def _misfits(
+    plan: TrainingPlan, memory: Sequence[MemoryTimeline], reserved: Sequence[int]
+) -> tuple[str, ...]:
     """One line for each pipeline rank that exceeds the device: by how much, and what takes most."""
     capacity = plan.cluster.device.memory_bytes
     lines: dict[int, str] = {}
-    for pp, timeline in zip(axis_indices(plan.topology)["pp"], memory, strict=True):
-        if timeline.max_bytes > capacity and pp not in lines:
+    for pp, timeline, whole in zip(axis_indices(plan.topology)["pp"], memory, reserved, strict=True):
+        if whole > capacity and pp not in lines:
             name, size = max(timeline.peak_by_category, key=lambda item: item[1])
+            apart = whole - timeline.max_bytes
+            beside = f", framework and fragmentation {apart / 2**30:.2f} GiB" if apart else ""
             stages = plan.rank_stages(pp)
-            held = "stage" + "s" * (len(stages) > 1) + " " + ", ".join(map(str, stages))
+            names = ", ".join(map(str, stages)) if len(stages) <= MOST_NAMED else rank_ranges(stages)
+            held = "stage" + "s" * (len(stages) > 1) + f" {names}"
             lines[pp] = (
                 f"{held} need{'s' * (len(stages) == 1)} "
-                f"{timeline.max_bytes / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
-                f"{(timeline.max_bytes - capacity) / 2**30:.2f} too much, "
-                f"most of it {name} ({size / 2**30:.2f} GiB)"
+                f"{whole / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
+                f"{(whole - capacity) / 2**30:.2f} too much, "
+                f"most of it {name} ({size / 2**30:.2f} GiB){beside}"
             )
     return tuple(lines.values())
 
@@ -217,10 +268,10 @@ def _firsts(keys: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], 
 def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:
     program = plan.program(where.tp)
     totals = payload_bytes(program, where.pp)
-    runs = _runs(program, where.pp)
+    counts = runs(program, where.pp)
     for stage in plan.rank_stages(where.pp):
         bodies = plan.bodies(stage, where.tp)
         for kind in COMPUTE:
             for key, size in collective_bytes(of_kind(bodies, kind)).items():
-                totals[key] = totals.get(key, 0) + size * runs[stage, kind]
+                totals[key] = totals.get(key, 0) + size * counts[stage, kind]
     return tuple(sorted((kind, group, size) for (kind, group), size in totals.items()))

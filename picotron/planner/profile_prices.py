@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
-from picotron.planner.block_times import Block, total, weighted
+from picotron.planner.block_times import Block, weighted
 from picotron.planner.body import Bodies, Body
 from picotron.planner.cases import RECOMPUTES, Cases
 from picotron.planner.cluster import ClusterSpec
@@ -33,10 +33,14 @@ Costs = tuple[SegmentCost, ...]
 
 @frozen
 class Target:
-    """Seconds of one pass over a layer or an end: computing, and the collectives that it waits for."""
+    """Seconds of one pass over a layer or an end: computing, and the collectives that it waits for.
+
+    ``causes``: both together, by the causes of ``estimate``.
+    """
 
     compute: float
     communication: float
+    causes: Mapping[str, float] = field(factory=dict)
 
 
 @frozen
@@ -55,14 +59,14 @@ class ProfileSeconds:
         return self.forward[kind] if forward else self.backward[kind, mode]
 
 
-def priced_by_operation(cluster: ClusterSpec) -> bool:
-    """Whether bodies keep the seconds of their operations: on a CPU, and where those were measured."""
-    return cluster.device.architecture == "cpu" or cluster.efficiency.measured is not None
+def has_time_model(cluster: ClusterSpec) -> bool:
+    """Whether the time model prices layers there: not on a CPU, nor where operations were measured."""
+    return cluster.device.architecture != "cpu" and cluster.efficiency.measured is None
 
 
 def profile_seconds(plan: TrainingPlan) -> ProfileSeconds | None:
-    """What the time model says of ``plan``; None on a CPU, and where costs were measured."""
-    if priced_by_operation(plan.cluster):
+    """What the time model says of ``plan``; None without one."""
+    if not has_time_model(plan.cluster):
         return None
     cases, table = cases_of_plan(plan), default_constants()
     layers = layer_times(cases, table, device_rates(cases, table), links(cases, table))
@@ -96,9 +100,11 @@ def _target(cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Ta
     """The launches of a block's kernels lengthen both of its passes alike."""
     forward, backward, launch = pass_seconds(cases, default_constants(), block)
     longer = 1.0 + float(launch) / max(float(forward + backward), 1e-12)
-    wires = sum(float(seconds[cause]) for cause in _WIRES if cause in seconds)
-    computing = float(total(seconds)) - wires
-    return Target(computing * longer, wires)
+    causes = {cause: float(value) for cause, value in seconds.items()}
+    wires = sum(causes[cause] for cause in _WIRES if cause in causes)
+    computing = sum(causes.values()) - wires
+    launching = computing * (longer - 1.0)
+    return Target(computing + launching, wires, causes | {"launch": launching})
 
 
 def profiled(cost: StageCost, bodies: Bodies, seconds: ProfileSeconds) -> StageCost:
@@ -120,14 +126,18 @@ Scales = dict[str, tuple[float, float]]
 def _scaled(costs: Costs, body: Body, seconds: ProfileSeconds, *, forward: bool) -> tuple[Costs, Scales]:
     """The costs of a body scaled layer by layer, and the two scales of every segment by name."""
     scales: Scales = {}
-    named = zip((segment.name for segment in body.segments), costs, strict=True)
-    for _, members in groupby(named, key=lambda pair: pair[0].partition(" ")[2] or pair[0]):
-        layer = list(members)
-        names = tuple(name for name, _ in layer)
-        scales |= dict.fromkeys(
-            names, _scales((cost for _, cost in layer), seconds.of(names, forward=forward))
-        )
+    for places in body_units(body):
+        names = tuple(body.segments[place].name for place in places)
+        target = seconds.of(names, forward=forward)
+        scales |= dict.fromkeys(names, _scales((costs[place] for place in places), target))
     return _by(costs, body, scales), scales
+
+
+def body_units(body: Body) -> tuple[tuple[int, ...], ...]:
+    """The places of a body's segments by layer; the embedding and the head by themselves."""
+    names = [segment.name for segment in body.segments]
+    keys = [name.partition(" ")[2] or name for name in names]
+    return tuple(tuple(places) for _, places in groupby(range(len(names)), key=keys.__getitem__))
 
 
 def _scales(costs: Iterable[SegmentCost], target: Target) -> tuple[float, float]:

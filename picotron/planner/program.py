@@ -199,8 +199,8 @@ def make_program(groups: tuple[str, ...], offsets: tuple[int, ...], **columns: n
 def rows(program: Program, rank: int) -> tuple[Row, ...]:
     """The rows of one pipeline rank, in program order."""
     first, stop = program.offsets[rank : rank + 2]
-    columns = [getattr(program, name)[first:stop].tolist() for name in _COLUMNS]
-    return tuple(Row(_KINDS[kind], *rest) for kind, *rest in zip(*columns, strict=True))
+    kinds, *rest = (getattr(program, name)[first:stop].tolist() for name in _COLUMNS)
+    return tuple(map(Row._make, zip(map(_KINDS.__getitem__, kinds), *rest, strict=True)))
 
 
 def row_at(program: Program, index: int) -> Row:

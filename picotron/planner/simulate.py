@@ -168,10 +168,16 @@ def simulate_step(plan: TrainingPlan, faults: Iterable[Fault] = ()) -> Simulated
 
 
 def priced_step(
-    plan: TrainingPlan, faults: tuple[Fault, ...], seconds: Mapping[int, Durations]
+    plan: TrainingPlan,
+    faults: tuple[Fault, ...],
+    seconds: Mapping[int, Durations],
+    classes: RankClasses | None = None,
 ) -> SimulatedStep:
-    """The step at given prices, those of each first tensor-parallel rank in ``slices``."""
-    classes = _classes(plan, faults, seconds)
+    """The step at given prices, those of each first tensor-parallel rank in ``slices``.
+
+    ``classes``: those of the ranks where they are known, as of a step of the same plan at other prices.
+    """
+    classes = _classes(plan, faults, seconds) if classes is None else classes
     lanes = _lanes(plan, faults, classes, seconds)
     timeline = _timeline(classes.ranks, lanes, run_lanes(lanes))
     end = float(timeline.end.max())

@@ -18,7 +18,7 @@ from picotron.planner.cluster import ClusterSpec, LinkSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.records import hint
-from picotron.planner.validators import is_between, shown
+from picotron.planner.validators import is_between, is_integer, shown
 from picotron.planner.workload import Workload
 
 AXES = ("dp", "pp", "cp", "tp", "ep", "etp", "order")
@@ -40,12 +40,15 @@ def changed(
 
     Raises PlanError for an unknown name, or a plan that cannot be.
     """
+    if not isinstance(settings, Mapping):
+        raise PlanError(f"settings must be values by name, such as {{'tp': 4}}, got {shown(settings)}")
     for name in settings:
         if name not in SETTINGS:
             raise PlanError(
-                f"a setting must be one of {', '.join(SETTINGS)}, got {name!r}{hint(name, SETTINGS)}"
+                f"a setting must be one of {', '.join(SETTINGS)}, got {shown(name)}"
+                f"{hint(name, SETTINGS) if isinstance(name, str) else ''}"
             )
-    machine = cluster or _cluster(settings.get("cluster", base.cluster))
+    machine = _cluster(settings.get("cluster", base.cluster) if cluster is None else cluster)
     model = _model(settings.get("model", base.model))
     work = evolve(base.workload, **{name: settings[name] for name in WORK if name in settings})
     options = {
@@ -68,8 +71,12 @@ def changed(
     return made, _followed(base, made, settings)
 
 
-def _cluster(value: ClusterSpec | str) -> ClusterSpec:
-    return ClusterSpec.parse(value) if isinstance(value, str) else value
+def _cluster(value: object) -> ClusterSpec:
+    if isinstance(value, ClusterSpec):
+        return value
+    if isinstance(value, str):
+        return ClusterSpec.parse(value)
+    raise PlanError(f"cluster must be a ClusterSpec or a cluster's name such as h100:2x8, got {shown(value)}")
 
 
 def _model(value: ModelSpec | str) -> ModelSpec:
@@ -92,11 +99,11 @@ def _sequence_parallel(base: TrainingPlan, tp: int) -> bool | None:
 
 def _copies(base: TrainingPlan, options: Mapping[str, Any], machine: ClusterSpec) -> int:
     """Ranks that could share a copy; 0 where the degrees are no numbers to multiply."""
-    degrees = [options[axis] for axis in ("pp", "cp", "tp")]
-    if not all(isinstance(degree, int) and degree > 0 for degree in degrees):
+    pp, cp, tp, dp = (options[axis] for axis in ("pp", "cp", "tp", "dp"))
+    if not all(is_integer(degree) and degree > 0 for degree in (pp, cp, tp)):
         return 0
-    dp = options["dp"] or machine.num_devices // (degrees[0] * degrees[1] * degrees[2])
-    return int(dp * degrees[1])
+    dp = machine.num_devices // (pp * cp * tp) if dp is None else dp
+    return int(dp * cp) if is_integer(dp) else 0
 
 
 def _stages(
@@ -201,11 +208,12 @@ def _scaled(link: LinkSpec, rate: float, latency: float) -> LinkSpec:
 
 
 def other_device(cluster: ClusterSpec, name: str) -> ClusterSpec:
-    """As many nodes of as many devices of another machine, with its own links.
+    """As many nodes of as many devices of another machine, with its own links and the same software.
 
     Raises PlanError for an unknown one.
     """
-    return ClusterSpec.preset(name, nodes=cluster.nodes, devices_per_node=cluster.devices_per_node)
+    machine = ClusterSpec.preset(name, nodes=cluster.nodes, devices_per_node=cluster.devices_per_node)
+    return evolve(machine, profile=cluster.profile)
 
 
 def single_changes(base: TrainingPlan) -> tuple[dict[str, Any], ...]:

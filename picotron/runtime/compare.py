@@ -8,6 +8,7 @@ from attrs import frozen
 
 from picotron.errors import PlanError
 from picotron.planner.host_seconds import cpu_seconds_by_rank
+from picotron.planner.interval import Interval
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.predict import Prediction
 from picotron.planner.program import execution_order, rows
@@ -17,7 +18,7 @@ from picotron.runtime.run import Measurement
 
 @frozen(kw_only=True)
 class Line:
-    """One quantity. ``verdict``: "equal", "differs", or a ratio measured / predicted."""
+    """One quantity. ``verdict``: "equal", "differs", "within", "outside", or a ratio measured / predicted."""
 
     quantity: str
     predicted: str
@@ -186,9 +187,11 @@ def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
                 predicted=f"{predicted_cpu:.3f} s",
                 measured=f"{measured_cpu:.3f} s",
                 verdict=_ratio(measured_cpu, predicted_cpu),
-                remark=f"estimate for {measurement.plan.cluster.name}",
+                remark=f"estimate for {measurement.plan.cluster.name}"
+                + ("" if prediction.interval else ", of unknown error"),
             )
         )
+        lines += _within(prediction.interval, "CPU seconds a step", predicted_cpu, measured_cpu)
     lines.append(
         Line(
             quantity="step time",
@@ -198,4 +201,24 @@ def _seconds(prediction: Prediction, measurement: Measurement) -> list[Line]:
             remark=_CLOCKS.get(measurement.clock, measurement.clock),
         )
     )
+    if measurement.plan.cluster.device.kind != "cpu" and measurement.clock != "virtual":
+        lines += _within(prediction.interval, "step time", prediction.step_seconds, median(steps))
     return lines
+
+
+def _within(interval: Interval | None, quantity: str, predicted: float, measured: float) -> list[Line]:
+    """Whether what was measured is where known runs would be: a line for half of them, one for 80 %."""
+    if interval is None:
+        return []
+    ranges = {"half": interval.half_range(predicted), "80 %": interval.most_range(predicted)}
+    return [
+        Line(
+            quantity=f"{quantity}, range of {share} of known runs",
+            predicted=f"{found[0]:.3f} to {found[1]:.3f} s",
+            measured=f"{measured:.3f} s",
+            verdict="within" if found[0] <= measured <= found[1] else "outside",
+            remark=interval.source,
+        )
+        for share, found in ranges.items()
+        if found is not None
+    ]

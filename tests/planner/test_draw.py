@@ -489,5 +489,17 @@ def test_names_of_many_stages_are_wrapped():
     )
     lines = draw_grid(made, width=80).splitlines()
     assert max(map(len, lines)) <= 80
-    assert "stages  7, 15, 23, 31, 39, 47, 55," in "\n".join(lines)
+    assert "stages 7-79:8: layer 7; layer 15;" in "\n".join(lines)
     assert sum("head" in line for line in lines) == 1
+
+
+def test_a_page_of_many_stages_a_rank_keeps_its_width() -> None:
+    """Thirty stages on each of two ranks: a range names them, also where they do not fit the device."""
+    model = evolve(ModelSpec.from_hf("llama-tiny"), num_layers=60)
+    cluster = ClusterSpec.preset("cpu", devices_per_node=2)
+    small = evolve(cluster, device=evolve(cluster.device, memory_bytes=2**20))
+    work = Workload(global_batch=4, seq_len=8, precision="fp32")
+    made = plan(model, small, work, pp=2, schedule="interleaved", virtual_stages=30)
+    text = str(made)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "stages 0-58:2 need" in text

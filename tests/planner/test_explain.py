@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.explain import MEANINGS, draw_explanation, draw_what_if, explain, what_if
+from picotron.planner.draw_explanation import MEANINGS, draw_explanation, draw_what_if
+from picotron.planner.explain import explain, what_if
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import model_flops
@@ -61,7 +63,8 @@ def test_a_faster_network_shortens_transfers_alone():
     one = made(tp=4, pp=1)
     found = dict(what_if(one, cluster=other_network(one.cluster, network=2)).seconds)
     assert found["data"] <= 0
-    assert all(value == 0 for cause, value in found.items() if cause not in ("data", "pipeline_transfer"))
+    others = [abs(value) for cause, value in found.items() if cause not in ("data", "pipeline_transfer")]
+    assert max(others) < 1e-12
     assert dict(what_if(one, cluster=other_network(one.cluster, bandwidth=2)).seconds)["tensor"] < 0
 
 
@@ -146,6 +149,33 @@ def test_what_is_set_is_kept_or_refused():
             other_network(one.cluster, network=factor)
     with pytest.raises(PlanError, match="plan must be a TrainingPlan"):
         explain("plan.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"settings": 3}, "settings must be values by name"),
+        ({"settings": {"dp": "x"}}, "got 'x'"),
+        ({"settings": {"cluster": None}}, "cluster must be a ClusterSpec"),
+        ({"cluster": ["h100"]}, "cluster must be a ClusterSpec"),
+        ({"profile": 3}, "a software profile must be one of"),
+        ({"interval": -1}, "interval must be a relative error"),
+        ({"asked": 1}, "asked must be words"),
+    ],
+)
+def test_what_is_no_question_is_refused(arguments: dict[str, object], words: str):
+    """With the rule and what was given, whatever its type."""
+    with pytest.raises(PlanError, match=words):
+        what_if(made(), **arguments)
+    with pytest.raises(PlanError, match="changes must be a whole number"):
+        explain(made(), changes=-1)
+
+
+def test_another_device_runs_the_same_software():
+    """A profile is no part of a machine: it goes along."""
+    one = made()
+    one = evolve(one, cluster=evolve(one.cluster, profile="megatron-2025"))
+    assert other_device(one.cluster, "h200").profile.name == "megatron-2025"
 
 
 def test_a_custom_schedule_follows_only_where_its_orders_fit():

@@ -18,7 +18,8 @@ from picotron.planner.candidates import (
     stage_layers,
 )
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.explain import explain
+from picotron.planner.columns_of import cases_of_plan
+from picotron.planner.estimate import estimate_seconds
 from picotron.planner.interval import relative_interval
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import plan
@@ -339,9 +340,9 @@ def test_sequence_parallelism_cuts_all_tokens_of_a_microbatch():
 
 
 def test_the_plan_in_hand_is_the_plan_that_was_priced():
-    """Its cluster carries the profile and its buckets are the profile's: explained, it takes as long."""
+    """Its cluster carries the profile and its buckets are the profile's: estimated, it takes as long."""
     found = search(MODEL, NODE, WORK, profile="megatron-2025")
     assert found[0].cluster.profile.name == "megatron-2025"
     for index in range(3):
-        seconds = explain(found[index], changes=0).step_seconds
+        seconds = float(estimate_seconds(cases_of_plan(found[index])).step_seconds[0])
         assert seconds == pytest.approx(float(found.fastest.seconds[index]), rel=1e-9)

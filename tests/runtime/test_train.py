@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import picotron as pt
 from picotron.errors import ExecutionError, PlanError
+from picotron.planner.interval import Interval
 from picotron.planner.plan import TrainingPlan
 from picotron.runtime.compare import compare
 from picotron.runtime.data import ByteText
@@ -76,6 +77,19 @@ def test_predicted_and_measured_agree_in_all_that_is_promised():
     assert not compare(pt.predict(plan), lost).promises_kept
     shuffled = evolve(measurement, rows_by_rank=tuple(row[::-1] for row in measurement.rows_by_rank))
     assert not compare(pt.predict(plan), shuffled).promises_kept
+
+
+def test_measured_seconds_are_held_against_the_range_of_known_runs():
+    """A line for half of them and one for 80 %, of CPU seconds; none where no error is known."""
+    plan = a_plan()
+    measurement, predicted = run(plan, TEXT, steps=2), pt.predict(plan)
+    assert not any("known runs" in line.quantity for line in compare(predicted, measurement).lines)
+    for half, verdict in ((1e-9, "outside"), (9.0, "within")):
+        sure = evolve(predicted, interval=Interval(half=half, most=9.5, source="here"))
+        lines = {line.quantity: line for line in compare(sure, measurement).lines}
+        assert lines["CPU seconds a step, range of half of known runs"].verdict == verdict
+        assert lines["CPU seconds a step, range of 80 % of known runs"].verdict == "within"
+        assert compare(sure, measurement).promises_kept
 
 
 def test_a_run_never_goes_into_a_folder_that_holds_one(tmp_path: Path):
