@@ -40,3 +40,13 @@ def test_a_quick_run_sets_both_sides_side_by_side(tmp_path_factory) -> None:
         assert row.keys() == COST_KEYS
         assert len(row["ours_seconds"]) == 1
     assert all(len(row["peer_seconds"]) == 1 and row["times_faster"] > 0 for row in made)
+
+
+def test_closed_forms_are_set_beside_the_schedules() -> None:
+    """A line for each schedule: sizes tried, median, least and greatest error, and where that is."""
+    done = run_script("--quick", "--schedule", "zb-h1", "--schedule", "v-half", script="bubbles.py")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in (first, second)] == ["zb-h1", "v-half"]
+    assert [float(error.rstrip("%")) for error in first.split()[2:5]] == [0, 0, 0]
+    assert float(second.split()[2].rstrip("%")) == 0

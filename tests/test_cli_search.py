@@ -14,7 +14,8 @@ from tests.test_cli import Run, refused, run
 
 __all__ = ["run"]
 NODE = ["llama-3.1-8b", "--cluster", "h100:1x4", "--global-batch", "16", "--seq-len", "2048"]
-SMALL = [*NODE, "--schedule", "1f1b", "--recompute", "none", "--offload", "0", "--order", "pp,dp,cp,tp"]
+FEW = [*NODE, "--schedule", "1f1b", "--recompute", "none", "--offload", "0", "--order", "pp,dp,cp,tp"]
+SMALL = [*FEW, "--simulate", "0"]
 
 
 def test_flags_bear_the_names_of_choices() -> None:
@@ -61,9 +62,26 @@ def test_the_plan_alone_goes_through_a_pipe(run: Run) -> None:
     assert json.loads(run("search", *SMALL, "--tp", 4, "-o", "-")[1])["topology"]["tp"] == 4
 
 
+def test_the_simulator_stands_beside_the_estimate(run: Run, tmp_path: Path) -> None:
+    """For the first three plans, or as many as asked; a better cut of the best plan is told and saved."""
+    out = run("search", *FEW, "--top", 4)[1]
+    rows = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit() and "tp=" in line]
+    assert "simulated" in out.splitlines()[1]
+    assert [row[3:5][1] in ("s", "ms") for row in rows] == [True, True, True, False]
+    path = tmp_path / "best.json"
+    flags = ["--pp", "4", "--schedule", "zb-v", "--refine", "--simulate", "1", "--json", "-o", path]
+    data = json.loads(run("search", *NODE, *flags)[1])
+    (found,) = data["simulated"]
+    assert found["misfit"] is None
+    assert data["refined"]["step_seconds"] <= data["refined"]["before_seconds"] == found["step_seconds"]
+    assert list(load_plan(path).stage_layers) == data["refined"]["stage_layers"]
+
+
 def test_a_memory_limit_binds(run: Run) -> None:
     """In GiB; what is no such number is refused."""
-    data = json.loads(run("search", *NODE, "--schedule", "1f1b", "--memory-limit", "40", "--json")[1])
+    data = json.loads(
+        run("search", *NODE, "--schedule", "1f1b", "--memory-limit", "40", "--simulate", "0", "--json")[1]
+    )
     assert data["limit_bytes"] == 40 * 2**30 > data["best"]["reserved_bytes"]
     assert "--memory-limit must be a positive number of GiB, got -1" in refused(
         run("search", *SMALL, "--memory-limit", "-1")
@@ -79,6 +97,7 @@ def test_a_memory_limit_binds(run: Run) -> None:
         (["--profile", "none"], "a software profile must be one of"),
         (["--why", "tp"], "a layout must be written as tp=4 pp=8"),
         (["--top", "0"], "top must be at least 1"),
+        (["--simulate", "-1"], "simulate must be at least 0"),
         (["--reach", "0.5"], "reach must be a number of at least 1"),
     ],
 )

@@ -16,8 +16,9 @@ from picotron.planner.cases import RECOMPUTES, SCHEDULE_NAMES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.draw_search import draw_search
 from picotron.planner.model import ModelSpec
+from picotron.planner.refine import Refined
 from picotron.planner.search import KEEP, REACH, search
-from picotron.planner.search_result import SearchResult
+from picotron.planner.search_result import SIMULATED, SearchResult
 from picotron.planner.serialize import plan_to_json
 from picotron.planner.software import profile_names
 from picotron.planner.space import CHOICES
@@ -69,6 +70,17 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="plans shown (default 10)")
     parser.add_argument(
+        "--simulate",
+        type=int,
+        metavar="N",
+        help=f"plans that the exact simulator prices too (default {SIMULATED}, or as many as are quick)",
+    )
+    parser.add_argument(
+        "--refine",
+        action="store_true",
+        help="cut the layers of the best plan into stages as the simulator likes best",
+    )
+    parser.add_argument(
         "--reach",
         type=float,
         default=REACH,
@@ -100,6 +112,14 @@ def result_data(result: SearchResult, count: int) -> dict[str, Any]:
         "best": plans_data(result.fastest[:1])[0],
         "plans": plans_data(result.fastest[:count]),
         "pareto": plans_data(result.pareto),
+        "simulated": [
+            {
+                "step_seconds": found.step_seconds,
+                "peak_bytes": found.peak_memory_bytes,
+                "misfit": result.misfit(index) or None,
+            }
+            for index, found in sorted(result.predictions.items())
+        ],
         "ties": len(result.ties),
         "interval": result.interval,
         "limit_bytes": result.limit_bytes,
@@ -125,6 +145,8 @@ def _execute(arguments: argparse.Namespace) -> None:
     limit = arguments.memory_limit
     if arguments.top < 1:
         raise PlanError(f"top must be at least 1, got {arguments.top}")
+    if arguments.simulate is not None and arguments.simulate < 0:
+        raise PlanError(f"simulate must be at least 0, got {arguments.simulate}")
     result = search(
         ModelSpec.from_hf(arguments.model),
         ClusterSpec.parse(arguments.cluster),
@@ -137,15 +159,31 @@ def _execute(arguments: argparse.Namespace) -> None:
         **{name: choice(name, given[name]) for name in CHOICES if name in given},
     )
     reasons = [result.why(layout) for layout in arguments.why]
+    refined = result.refined() if arguments.refine else None
     if arguments.output is not None:
-        write_result(arguments.output, plan_to_json(result.best), "a plan")
+        best = result.best if refined is None else refined.plan
+        write_result(arguments.output, plan_to_json(best), "a plan")
     if arguments.output == STANDARD:
         return
+    left = _simulate(result, arguments.simulate)
     if arguments.json:
-        write_json(result_data(result, arguments.top) | {"why": [_why_data(reason) for reason in reasons]})
+        data = result_data(result, arguments.top)
+        data |= {"refined": None if refined is None else _refined_data(refined)}
+        write_json(data | {"why": [_why_data(reason) for reason in reasons]})
         return
-    text = draw_search(result, arguments.top)
-    write_out("\n\n".join([text, *map(str, reasons)]))
+    lines = [draw_search(result, arguments.top), left, f"1 refined: {refined}" if refined else ""]
+    write_out("\n\n".join([*filter(None, lines), *map(str, reasons)]))
+
+
+def _simulate(result: SearchResult, count: int | None) -> str:
+    """Simulate as many plans as are asked for, or the first few; says which were left out as too large."""
+    wanted = min(SIMULATED if count is None else count, len(result))
+    quick = [result.is_quick(index) for index in range(wanted)]
+    taken = wanted if count is not None or all(quick) else quick.index(False)
+    result.simulated(taken, _tell if sys.stderr.isatty() else None)
+    if taken == wanted:
+        return ""
+    return f"not simulated from plan {taken + 1} on, which would take long: --simulate {wanted} does it"
 
 
 def _bytes(gib: float) -> int:
@@ -163,6 +201,14 @@ def _why_data(reason: Why) -> dict[str, Any]:
         "causes": dict(reason.causes),
         "classes": dict(reason.classes),
         "changes": [change.words for change in reason.changes],
+    }
+
+
+def _refined_data(refined: Refined) -> dict[str, Any]:
+    return {
+        "stage_layers": list(refined.plan.stage_layers),
+        "step_seconds": refined.prediction.step_seconds,
+        "before_seconds": refined.before.step_seconds,
     }
 
 

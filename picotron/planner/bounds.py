@@ -23,8 +23,9 @@ without, as its first rank has the head too: the least of the other three holds 
 
 *Seconds*, of all candidates of one body, schedule and sharding. Bubble and transfers do not depend on the
 sharding, so they add to the bound above; and the step without data parallelism, update and offload is a
-bound too. The greater of both holds. The bubble is some passes of a microbatch, which recomputing lengthens
-or not; launches would lengthen it too, and are left out, as they might hide what recomputing adds.
+bound too. The greater of both holds. The bubble is what the longest chain of F, I and W across ranks has more
+than the microbatches of one (``bubbles``): never negative, and where recomputing lengthens I no shorter;
+launches would lengthen it too, and are left out, as they might hide what recomputing adds.
 
 *Seconds*, of all that differ in recomputation and offload alone. Recomputing adds work to every microbatch,
 and as above lets no more hide than it adds; offloading only adds. The estimate without both, and without

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from picotron.planner.candidates import Plans, in_words
+from picotron.planner.candidates import in_words
 from picotron.planner.chart import human_seconds
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.flops import backward_flops, forward_flops
@@ -16,7 +16,8 @@ from picotron.planner.workload import FORMATS
 GIB = 2**30
 CHART_ROWS, CHART_COLUMNS = 8, 60
 SHOWN_ROWS = 10
-HEADS = ("", "step", "tokens/s/device", "MFU", "GiB", "layout")
+HEADS = ("", "step", "simulated", "tokens/s/device", "MFU", "GiB", "layout")
+SIMULATED = HEADS.index("simulated")
 
 
 def draw_search(result: SearchResult, count: int = SHOWN_ROWS) -> str:
@@ -28,7 +29,8 @@ def draw_search(result: SearchResult, count: int = SHOWN_ROWS) -> str:
     lines = [
         f"{space.model.name} on {cluster}, {work.global_batch} x {work.seq_len} tokens: "
         f"{human_seconds(float(best))} a step at best",
-        table(result, result.fastest[:count]),
+        table(result, count),
+        *verdicts(result, count),
         tied.replace("%", " %"),
         "",
         chart(result),
@@ -38,18 +40,32 @@ def draw_search(result: SearchResult, count: int = SHOWN_ROWS) -> str:
     return "\n".join(lines)
 
 
-def table(result: SearchResult, plans: Plans) -> str:
-    """Plans, a line each, with aligned columns."""
-    rows = [HEADS, *_cells(result, plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS) - 1)]
+def table(result: SearchResult, count: int) -> str:
+    """The fastest plans, a line each, with aligned columns; simulated seconds where some were asked for."""
+    rows = _cells(result, count)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return "\n".join(
         "  ".join([*(text.rjust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     )
 
 
-def _cells(result: SearchResult, plans: Plans) -> list[tuple[str, ...]]:
-    space = result.space
+def verdicts(result: SearchResult, count: int) -> list[str]:
+    """What the exact simulator says against the order of the plans shown, and the exact count of bytes."""
+    shown = {index: found for index, found in sorted(result.predictions.items()) if index < count}
+    lines = [
+        f"{index + 1} does not fit when its bytes are counted: {why}"
+        for index in shown
+        if (why := result.misfit(index))
+    ]
+    fit = [index for index in shown if not result.misfit(index)]
+    first = min(fit, key=lambda index: shown[index].step_seconds, default=0)
+    return lines + [f"of those simulated, {first + 1} is the fastest that fits"] * (first > 0)
+
+
+def _cells(result: SearchResult, count: int) -> list[tuple[str, ...]]:
+    """The heads and the rows of a table."""
+    space, plans = result.space, result.fastest[:count]
     tokens = space.work.global_batch * space.work.seq_len
     flops = sum(
         count(space.model, batch=space.work.global_batch, seq_len=space.work.seq_len)
@@ -57,10 +73,12 @@ def _cells(result: SearchResult, plans: Plans) -> list[tuple[str, ...]]:
     )
     peak = peak_flops_per_second(space.cluster.device, FORMATS[space.work.precision].product)
     devices = space.known.devices
-    return [
+    simulated = {index: human_seconds(found.step_seconds) for index, found in result.predictions.items()}
+    rows: list[tuple[str, ...]] = [
         (
             str(index + 1),
             human_seconds(float(seconds)),
+            simulated.get(index, ""),
             f"{tokens / seconds / devices:,.0f}",
             f"{flops / seconds / peak / devices:.1%}".replace("%", " %"),
             f"{held / GIB:.1f}",
@@ -68,6 +86,8 @@ def _cells(result: SearchResult, plans: Plans) -> list[tuple[str, ...]]:
         )
         for index, (seconds, held) in enumerate(zip(plans.seconds, plans.bytes, strict=True))
     ]
+    table: list[tuple[str, ...]] = [HEADS, *rows]
+    return table if simulated else [row[:SIMULATED] + row[SIMULATED + 1 :] for row in table]
 
 
 def chart(result: SearchResult) -> str:
@@ -94,11 +114,9 @@ def chart(result: SearchResult) -> str:
 
 def search_html(result: SearchResult) -> str:
     """The fastest plans as a table, the chart and the counts beneath."""
-    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>"
-        for row in _cells(result, result.fastest[:SHOWN_ROWS])
-    )
+    first, *rows = _cells(result, SHOWN_ROWS)
+    heads = "".join(f"<th>{escape(head)}</th>" for head in first)
+    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
     return (
         f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
         f"<pre>{escape(chart(result))}</pre><p>{escape(str(result.counts))}</p>"

@@ -1,25 +1,21 @@
 """The pipeline's part of a step, in closed form: layers of a stage, the bubble of each schedule, transfers.
 
-With ``m`` microbatches the slowest rank computes m times; before and after, it waits for the other
-stages, a share of their seconds that depends on the schedule. The shares are the theorems of ``schedules``,
-for F, I and W of a rank's stages together: Narayanan et al. 2021, arXiv:2104.04473 (1F1B, interleaved);
-Lamy-Poirier 2022, arXiv:2211.05953 (breadth first); Qi et al. 2023, arXiv:2401.10241, and 2024,
-arXiv:2405.15362 (zero bubble, V-shaped); DeepSeek-AI 2024, arXiv:2412.19437 (DualPipe). V-Half and V-Min idle
-about 3/2 and 2 forwards of a rank for each rank but the first two (a mean over the depths, for slots of equal
-length: where F, I and W are far from equal they idle more).
+With ``m`` microbatches the slowest rank computes m times; before, between and after, it waits for the other
+stages, a share of their seconds that depends on the schedule (``bubbles``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from attrs import frozen
 
+from picotron.planner.bubbles import bubble_seconds
 from picotron.planner.cases import SCHEDULE_NAMES, Cases, Column
 from picotron.planner.in_flight import is_v_placed
 from picotron.planner.network import Links, send_seconds, strides
 from picotron.planner.stage_columns import rank_layers
-
-_WHOLE_BACKWARD = ("afab", "1f1b", "interleaved", "bfs")
 
 
 @frozen(kw_only=True, eq=False)
@@ -57,36 +53,41 @@ def bubble_share(
 ) -> Column:
     """How much of each other stage's F + B the slowest rank idles, at the start and the end together.
 
-    ``weight`` are the seconds of the weight gradients' products, a part of ``backward``. With fewer
-    microbatches than ranks a step is as long as the last microbatch's way through all stages, which starts
-    when the others have left the first one.
+    ``weight`` are the seconds of the weight gradients' products, a part of ``backward``.
     """
-    layout = cases.layout
-    names = [SCHEDULE_NAMES[int(i)] for i in np.unique(layout.schedule)]
-    whole, inputs = forward + backward, backward - weight
-    chunks, others = layout.virtual_stages, np.maximum(layout.pp - 1.0, 1.0)
-    shares: Column = np.zeros(())
-    for name in names:
-        idle = {
-            "afab": whole,
-            "1f1b": whole / chunks,
-            "interleaved": whole / chunks,
-            "bfs": whole / chunks,
-            "zb-h1": np.maximum(forward + inputs - weight, forward),
-            "zb-h2": np.maximum(forward, forward + inputs - 2.0 * weight),
-            "zb-v": forward / 2.0,
-            "interleaved-zb": forward / chunks,
-            "dualpipe-v": np.maximum(forward + 2.0 * inputs - weight, forward) / 2.0,
-            "v-half": forward * np.maximum(1.5 * layout.pp - 2.75, 0.75) / others,
-            "v-min": forward * np.maximum(2.0 * layout.pp - 3.3, 0.75) / others,
-        }[name]
-        late = 0.0 if name in _WHOLE_BACKWARD else weight  # what nobody waits for
-        way = whole - late
-        alone = layout.pp * way + (microbatches - 1.0) * way / chunks + late / chunks
-        idle = np.maximum(idle, (alone - microbatches * whole) / others)
-        shares = np.where(layout.schedule == SCHEDULE_NAMES.index(name), idle, shares)
-    found: Column = shares / whole
+    layout, whole = cases.layout, forward + backward
+    columns = (layout.pp, layout.virtual_stages, microbatches, forward, backward - weight, weight)
+    idle = _by_schedule(np.asarray(layout.schedule, dtype=np.int64), columns)
+    share: Column = idle / np.maximum(layout.pp - 1.0, 1.0) / whole
+    return share
+
+
+def _by_schedule(schedule: Column, columns: Sequence[Column]) -> Column:
+    """``bubble_seconds`` of the columns, those of each schedule apart."""
+    kinds = np.unique(schedule)
+    if len(kinds) == 1:
+        return bubble_seconds(SCHEDULE_NAMES[int(kinds[0])], *columns)
+    axis = int(np.argmax(schedule.shape)) - schedule.ndim
+    if schedule.size > schedule.shape[axis]:  # schedules vary along several axes
+        every = np.broadcast_arrays(schedule, *columns)
+        flat = _by_schedule(every[0].ravel(), [column.ravel() for column in every[1:]])
+        return flat.reshape(every[0].shape)
+    found = np.empty(np.broadcast_shapes(schedule.shape, *(np.shape(column) for column in columns)))
+    along = np.moveaxis(found, axis, 0)
+    for kind in kinds:
+        own = np.flatnonzero(schedule.ravel() == kind)
+        idle = bubble_seconds(SCHEDULE_NAMES[int(kind)], *(_taken(column, own, axis) for column in columns))
+        along[own] = np.moveaxis(np.broadcast_to(idle, _cut(found.shape, axis, len(own))), axis, 0)
     return found
+
+
+def _taken(column: Column, which: Column, axis: int) -> Column:
+    """Some places along an axis counted from the last, where the column varies along it."""
+    return column.take(which, axis=axis) if column.ndim >= -axis and column.shape[axis] > 1 else column
+
+
+def _cut(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if place == axis + len(shape) else length for place, length in enumerate(shape))
 
 
 def transfer_seconds(cases: Cases, link: Links, microbatches: Column, hidden: Column) -> Column:

@@ -19,11 +19,11 @@ from picotron.planner.kept import Kept, Wanted
 from picotron.planner.misfit import fits_nowhere
 from picotron.planner.model import ModelSpec
 from picotron.planner.priced import prices
-from picotron.planner.search_result import SearchResult
+from picotron.planner.search_result import Progress, SearchResult
 from picotron.planner.software import SoftwareProfile, software_columns, software_profile
 from picotron.planner.space import Space, make_space, taken
 from picotron.planner.validators import is_between, is_size, shown
-from picotron.planner.walk import Progress, covered
+from picotron.planner.walk import covered
 from picotron.planner.workload import Workload
 
 KEEP = 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
@@ -13,6 +13,7 @@ from picotron.planner.candidates import Plans, in_words
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
 from picotron.planner.priced import Prices
+from picotron.planner.refine import Refined, refined
 from picotron.planner.space import Space
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 TOP_ROWS = 10
 SIMULATED = 3
+QUICK_ACTIONS = 20_000  # of a step, counted once for each kind of rank: some seconds of simulation
+GIB = 2**30
+
+Progress = Callable[[str], None]
 
 
 @frozen(kw_only=True)
@@ -94,15 +99,49 @@ class SearchResult(Sequence[TrainingPlan]):
         )
         return self.fastest[:near]
 
-    def simulated(self, count: int = SIMULATED) -> tuple[Prediction, ...]:
-        """The first ``count`` plans priced by the exact simulator, in the search's order."""
-        if count not in self._simulations:
-            self._simulations[count] = tuple(predict(plan) for plan in self.fastest[:count])
-        return self._simulations[count]
+    def simulated(self, count: int = SIMULATED, progress: Progress | None = None) -> tuple[Prediction, ...]:
+        """The first ``count`` plans priced by the exact simulator, in the search's order.
+
+        Once asked for, they stand beside the estimates wherever the result is shown.
+        """
+        wanted = range(min(count, len(self)))
+        for index in wanted:
+            if progress is not None and index not in self.predictions:
+                progress(f"simulating plan {index + 1} of {len(wanted)}")
+            self._predicted(index)
+        return tuple(map(self._predicted, wanted))
+
+    def _predicted(self, index: int) -> Prediction:
+        if index not in self.predictions:
+            self.predictions[index] = predict(self.fastest[index])
+        return self.predictions[index]
 
     @cached_property
-    def _simulations(self) -> dict[int, tuple[Prediction, ...]]:
+    def predictions(self) -> dict[int, Prediction]:
+        """The exact simulator's predictions so far, by the plan's number."""
         return {}
+
+    def misfit(self, index: int) -> str:
+        """What the exact count of bytes says against a simulated plan, or nothing where it fits."""
+        found = self.predictions[index]
+        if found.misfits or found.peak_memory_bytes <= self.limit_bytes:
+            return "; ".join(found.misfits)
+        held, limit = found.peak_memory_bytes / GIB, self.limit_bytes / GIB
+        return f"rank {found.peak_memory_rank} needs {held:.2f} GiB of {limit:.2f}"
+
+    def is_quick(self, index: int) -> bool:
+        """Whether a plan is simulated in a few seconds, as far as its size tells."""
+        row, known = self.fastest.row(index), self.space.known
+        microbatches = known.global_batch // int(row["dp"] * row["micro_batch"])
+        kinds = row["ep"] * (row["tp"] if known.vocab % row["tp"] else 1)  # of ranks on a stage
+        return 3 * row["pp"] * row["virtual_stages"] * microbatches * kinds <= QUICK_ACTIONS
+
+    def refined(self, index: int = 0) -> Refined:
+        """The plan at ``index`` with its layers cut into stages as the exact simulator likes best.
+
+        Layers are moved one at a time between stages; a cut counts if its step is faster and every rank fits.
+        """
+        return refined(self._predicted(index), self.limit_bytes)
 
     def why(self, layout: TrainingPlan | str | None = None, **choices: Any) -> Why:
         """Why a layout is not the best: the rule that refuses it, bytes that do not fit, or milliseconds.
@@ -118,7 +157,7 @@ class SearchResult(Sequence[TrainingPlan]):
         """The fastest plans, a line each."""
         from picotron.planner.draw_search import table
 
-        return table(self, self.fastest[:count])
+        return table(self, count)
 
     def __str__(self) -> str:
         from picotron.planner.draw_search import draw_search

@@ -8,7 +8,7 @@ bodies finds some. The order of the walk never changes the result, only the numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from attrs import define, field
@@ -18,7 +18,7 @@ from picotron.planner.constraints import Rows
 from picotron.planner.kept import Kept, Wanted
 from picotron.planner.misfit import refusal
 from picotron.planner.priced import Prices
-from picotron.planner.search_result import Counts
+from picotron.planner.search_result import Counts, Progress
 from picotron.planner.space import (
     Shardings,
     Space,
@@ -35,8 +35,6 @@ from picotron.planner.space import (
 BLOCK_ROWS = 100_000  # of columns made at once
 PROBED_CELLS = 64  # the most promising, looked at first
 PROBED_SIZES = 10  # parts of the front, and cells looked at of each
-
-Progress = Callable[[str], None]
 
 
 @define(kw_only=True)

@@ -17,12 +17,15 @@ from picotron.planner.candidates import (
     row_of_plan,
     stage_layers,
 )
+from picotron.planner.chart import human_seconds
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.columns_of import cases_of_plan
 from picotron.planner.estimate import estimate_seconds
 from picotron.planner.interval import relative_interval
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import plan
+from picotron.planner.predict import predict
+from picotron.planner.refine import cut_in_words
 from picotron.planner.search import search
 from picotron.planner.search_result import SearchResult
 from picotron.planner.space import make_space
@@ -31,6 +34,7 @@ from picotron.planner.workload import Workload
 MODEL = ModelSpec.from_hf("llama-3.1-8b")
 NODE = ClusterSpec.parse("h100:1x8")
 WORK = Workload(global_batch=32, seq_len=4096)
+PLAIN: dict[str, Any] = {"recompute": "none", "offload": 0}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,52 @@ def test_the_simulator_prices_finalists():
     (first,) = found.simulated(1)
     assert first.plan == found.best
     assert found.simulated(1)[0] is first
+
+
+def test_what_was_simulated_stands_in_the_table():
+    """Seconds beside the estimate, which plan is really first, and what does not fit when it is counted."""
+    found = search(MODEL, NODE, WORK, pp=2, tp=(2, 4), schedule="1f1b", **PLAIN)
+    assert "simulated" not in found.table(2)
+    told: list[str] = []
+    first, second = found.simulated(2, told.append)
+    assert told == ["simulating plan 1 of 2", "simulating plan 2 of 2"]
+    assert "simulated" in found.table(2).splitlines()[0]
+    assert human_seconds(second.step_seconds) in found.table(2).splitlines()[2]
+    assert "does not fit" not in str(found)
+    assert found.simulated(1) == (first,)
+    found.predictions[0] = evolve(first, step_seconds=2 * second.step_seconds)
+    assert "of those simulated, 2 is the fastest that fits" in str(found)
+    found.predictions[0] = evolve(first, misfits=("stage 0 needs more",))
+    assert "1 does not fit when its bytes are counted: stage 0 needs more" in str(found)
+    limited = evolve(found, limit_bytes=2**30)
+    limited.predictions[1] = second
+    assert "GiB of 1.00" in limited.misfit(1)
+
+
+def test_long_simulations_are_known_by_their_size(result):
+    """Actions of a step, once for each kind of rank."""
+    assert result.is_quick(0)
+    many = Workload(global_batch=2048, seq_len=512)
+    assert not search(MODEL, NODE, many, pp=8, micro_batch=1, schedule="interleaved").is_quick(0)
+
+
+def test_a_better_cut_is_found_layer_by_layer():
+    """Faster by the exact simulator, with all layers and within the limit; else the plan stays as it is."""
+    found = search(
+        MODEL, NODE, WORK, pp=4, schedule="interleaved-zb", virtual_stages=4, profile="megatron-2025"
+    )
+    better = found.refined()
+    assert better.gain > 0.01
+    assert better.prediction == predict(better.plan)
+    assert better.prediction.step_seconds < better.before.step_seconds == found.simulated(1)[0].step_seconds
+    assert sum(better.plan.stage_layers) == MODEL.num_layers
+    assert evolve(better.plan, stage_layers=found[0].stage_layers) == found[0]
+    assert "less" in str(better)
+    assert cut_in_words(better.plan.stage_layers) in str(better)
+    kept = evolve(found, limit_bytes=1).refined()
+    assert kept.plan == found[0]
+    assert kept.gain == 0
+    assert "no cut found" in str(kept)
 
 
 @pytest.mark.parametrize(
