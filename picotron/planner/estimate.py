@@ -148,14 +148,18 @@ def with_recompute(cases: Cases, layers: LayerTimes) -> Block:
         return layer
     skipped = np.where(cases.software.recompute_stops_early > 0, layers.last_product, 0.0)
     again = full * (total(layer.forward, CORE) - skipped) + core * layer.forward["attention"]
+    repeated = {"expert": np.where(cases.software.recompute_stops_early > 0, 0.5, 1.0)}  # no combine
     backward = {
-        cause: seconds + full * layer.forward.get(cause, np.zeros(())) if cause not in CORE else seconds
+        cause: seconds + full * repeated.get(cause, 1.0) * layer.forward.get(cause, np.zeros(()))
+        if cause not in CORE
+        else seconds
         for cause, seconds in layer.backward.items()
     }
     return Block(
         forward=layer.forward,
         backward=backward | {"recompute": again},
         forward_kernels=layer.forward_kernels * (1.0 + full / 2.6),
+        launches=layer.launches * (1.0 + full / 2.6),
         waits=layer.waits,
     )
 
@@ -202,11 +206,10 @@ class _Times:
     def of(cls, cases: Cases, constants: Constants, block: Block) -> _Times:
         """Both passes of a block."""
         kernels = block.forward_kernels + block.backward_kernels
-        launched = cases.software.graphs <= 0
         return cls(
             device=total(block.forward) + total(block.backward) + kernels * constants["gap_seconds"],
-            host=kernels * constants["launch_seconds"] * launched,
-            waits=block.waits * constants["wait_seconds"] * launched,
+            host=(1.0 + BACKWARD_KERNELS) * block.launches * constants["launch_seconds"],
+            waits=block.waits * constants["wait_seconds"],
         )
 
     @staticmethod

@@ -99,14 +99,19 @@ def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Colu
 
 
 def all_to_all_seconds(
-    link: Links, payload_bytes: Column, where: Group, copies: Column | float = 1.0
+    link: Links,
+    payload_bytes: Column,
+    where: Group,
+    leaving: Column | float | None = None,
+    staying: Column | float | None = None,
 ) -> Column:
-    """Every rank sends an equal part of its ``payload_bytes`` to each: those out of the node by its adapter.
+    """Every rank sends an equal part of its ``payload_bytes`` to each, by its adapter and its node's links.
 
-    ``copies`` is the share of the bytes for other nodes that really cross the network.
+    ``leaving`` and ``staying`` are the shares of the bytes that cross the network and the node's own links
+    where they are not those of equal parts.
     """
-    leaving = (1.0 - where.inside / where.size) * copies
-    staying = (where.inside - 1.0) / where.size
+    leaving = 1.0 - where.inside / where.size if leaving is None else leaving
+    staying = (where.inside - 1.0) / where.size if staying is None else staying
     slower = np.maximum(payload_bytes * leaving / link.inter, payload_bytes * staying / link.intra)
     hop = np.where(leaving > 0, link.inter_seconds, link.intra_seconds)
     seconds = slower + hop + link.start_seconds
