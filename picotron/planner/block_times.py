@@ -33,7 +33,7 @@ class Block:
     backward: Seconds = field(factory=dict)
     forward_kernels: Column = field(factory=lambda: np.zeros(()))
     launches: Column = field(factory=lambda: np.zeros(()))  # of them, those that the host launches one by one
-    waits: Column = field(factory=lambda: np.zeros(()))  # of the host for the device, in both passes together
+    waits: Column = field(factory=lambda: np.zeros(()))  # seconds of the device for the host, both passes
 
     @property
     def backward_kernels(self) -> Column:

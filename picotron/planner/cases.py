@@ -111,6 +111,8 @@ class SoftwareColumns:
     graphs: Column  # 1: all but experts is launched as graphs, without the host
     optimizer_on_host: Column  # 1: the update runs on the host's processors, from host memory
     recompute_stops_early: Column  # 1: recomputation leaves out a layer's last product, which nothing reads
+    far_adapters: Column  # 1: a ring's messages are not handed to the rank beside the adapter that it uses
+    checkpoint_waits: Column  # 1: a recomputed layer makes the device wait for the host's own bookkeeping
     bucket_bytes: Column  # of one data-parallel transfer: what is reduced or gathered at a time
     clock: Column  # share of the nominal peak that the power cap leaves under sustained load
 

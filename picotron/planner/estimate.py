@@ -83,7 +83,7 @@ def estimate_seconds(
     layout, work = cases.layout, cases.work
     microbatches = np.maximum(np.ceil(work.global_batch / (layout.dp * layout.micro_batch)), 1.0)
 
-    layer = with_recompute(cases, layers)
+    layer = with_recompute(cases, table, layers)
     held = stage_layers(cases, mean=mean_layers)
     stage, others = _slowest(cases, table, layers, layer, held)
     forward, backward, launch = pass_seconds(cases, table, stage)
@@ -139,7 +139,7 @@ def _check(cases: Cases) -> None:
                 raise PlanError(f"{type(part).__name__}.{name} must be positive and finite, got {bad:g}")
 
 
-def with_recompute(cases: Cases, layers: LayerTimes) -> Block:
+def with_recompute(cases: Cases, constants: Constants, layers: LayerTimes) -> Block:
     """The mean layer, whose backward begins by computing again what was not kept."""
     layout, layer = cases.layout, layers.layer
     full = np.where(layout.recompute == _FULL, layout.recompute_layers, 0.0)
@@ -160,7 +160,7 @@ def with_recompute(cases: Cases, layers: LayerTimes) -> Block:
         backward=backward | {"recompute": again},
         forward_kernels=layer.forward_kernels * (1.0 + full / 2.6),
         launches=layer.launches * (1.0 + full / 2.6),
-        waits=layer.waits,
+        waits=layer.waits + full * cases.software.checkpoint_waits * constants["checkpoint_seconds"],
     )
 
 
@@ -209,7 +209,7 @@ class _Times:
         return cls(
             device=total(block.forward) + total(block.backward) + kernels * constants["gap_seconds"],
             host=(1.0 + BACKWARD_KERNELS) * block.launches * constants["launch_seconds"],
-            waits=block.waits * constants["wait_seconds"],
+            waits=block.waits,
         )
 
     @staticmethod

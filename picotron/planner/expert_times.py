@@ -101,7 +101,7 @@ def expert_block(here: Here) -> Block:
         },
         forward_kernels=around + kernels,
         launches=around * here.ungraphed + kernels * alone,
-        waits=here.constants["expert_waits"] * alone,
+        waits=here.constants["expert_waits"] * here.constants["wait_seconds"] * alone,
     )
     return weighted([(here_only, 1.0), (shared, np.where(model.shared_intermediate > 0, 1.0, 0.0))])
 

@@ -23,6 +23,9 @@ class Group:
 
     size: Column
     inside: Column
+    reach: Column | float = (
+        1.0  # share of its adapters' rate, where they are far from the ranks that use them
+    )
 
 
 @frozen(kw_only=True, eq=False)
@@ -79,7 +82,7 @@ def joined(outer: Group, inner: Group) -> Group:
 def ring_seconds(link: Links, payload_bytes: Column, where: Group, rounds: float = 1.0) -> Column:
     """A ring all-gather or reduce-scatter of ``payload_bytes``, the whole tensor; 2 rounds all-reduce."""
     crosses = where.size > where.inside
-    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    rate = np.where(crosses, np.minimum(link.inter * where.inside * where.reach, link.intra), link.intra)
     nodes = where.size / where.inside
     hops = np.where(crosses, nodes * link.inter_seconds, 0.0) + (where.size - nodes) * link.intra_seconds
     bytes_sent = payload_bytes * (where.size - 1.0) / where.size
@@ -92,7 +95,7 @@ def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Colu
     ring = ring_seconds(link, payload_bytes, where, rounds=2.0)
     nodes = where.size / where.inside
     crosses = where.size > where.inside
-    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    rate = np.where(crosses, np.minimum(link.inter * where.inside * where.reach, link.intra), link.intra)
     depth = np.log2(np.maximum(nodes, 1.0)) * link.inter_seconds + (where.inside - 1.0) * link.intra_seconds
     tree = 2.0 * (payload_bytes / rate + depth) + link.start_seconds
     return np.where((where.size > 1) & (payload_bytes > 0), np.minimum(ring, tree), 0.0)

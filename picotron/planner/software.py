@@ -72,6 +72,8 @@ class SoftwareProfile:
     graphs: bool = field(default=False, validator=FLAG)
     optimizer_on_host: bool = field(default=False, validator=FLAG)
     recompute_stops_early: bool = field(default=False, validator=FLAG)
+    far_adapters: bool = field(default=False, validator=FLAG)
+    checkpoint_waits: bool = field(default=False, validator=FLAG)
     bucket_bytes: float = field(default=2e8, converter=as_float, validator=_POSITIVE)
     clock: Mapping[str, float] = _table("a share in (0, 1.2]", lambda value: is_between(value, 0.1, 1.2))
     wire_bytes: float = field(default=4.0, converter=as_float, validator=_BYTES)

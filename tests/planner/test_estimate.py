@@ -5,8 +5,9 @@ import pytest
 from attrs import evolve
 
 from picotron.errors import PlanError
-from picotron.planner.cases import SCHEDULE_NAMES
+from picotron.planner.cases import SCHEDULE_NAMES, Cases
 from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.constants import default_constants
 from picotron.planner.estimate import CAUSES, estimate_seconds
 from picotron.planner.families import read
 from picotron.planner.flops import backward_flops, forward_flops
@@ -228,6 +229,35 @@ def test_graphs_take_launches_away() -> None:
         for name in ("plain", "oneflow-2021")
     )
     assert slow > 5 * fast > 0
+
+
+def test_bookkeeping_of_checkpoints_is_waited_for() -> None:
+    """Each of 16 layers of 64 microbatches waits as long, however much it computes; none that is kept."""
+    for seq_len in (512, 4096):
+        seconds = [
+            estimate_seconds(_with(case(seq_len=seq_len, recompute="full", recompute_layers=share), waits))
+            for share, waits in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))
+        ]
+        waited, none, idle, plain = (float(each.step_seconds[0]) for each in seconds)
+        assert waited - none == pytest.approx(64 * 16 * float(default_constants()["checkpoint_seconds"]))
+        assert idle == plain
+
+
+def _with(cases: Cases, waits: float) -> Cases:
+    return evolve(cases, software=evolve(cases.software, checkpoint_waits=np.asarray(waits)))
+
+
+def test_rings_of_ranks_that_are_not_neighbours_reach_less_of_far_adapters() -> None:
+    """Of 8 ranks a node all or one make a ring as ever; every second does not, where nothing is handed on."""
+
+    def lost(tp: int) -> float:
+        cases = case(dp=64 // tp, tp=tp, global_batch=64)
+        far = evolve(cases, software=evolve(cases.software, far_adapters=np.ones(())))
+        near, slow = (estimate_seconds(each).causes["data"][0] for each in (cases, far))
+        return float(slow / near)
+
+    assert lost(1) == lost(8) == 1
+    assert lost(2) > 1.5 and lost(4) > 1.5
 
 
 def test_graphs_of_attention_leave_the_experts_launches() -> None:
