@@ -148,8 +148,10 @@ def test_every_column_has_a_part_in_it() -> None:
     }
     about = {"model": "qwen3-30b-a3b", "profile": "plain", "seq_len": 4096, "global_batch": 256}
     cases = [case(**about, **base), case(**about, **base | {"recompute": "full", "recompute_layers": 0.5})]
+    cases.append(case(**about | {"profile": "megatron-2025"}, **base))
     cases.append(case(model="llama-3.1-8b", recompute="full", recompute_layers=1))
     cases.append(case(**about | {"model": "llama-3.1-8b"}, dp=4, tp=8))  # switches may sum at both levels
+    cases.append(case(tp=8, seq_len=256))
     unused = {"memory_bytes", "loss"}  # what only memory reads
     for part in ("software", "machine"):
         for field in fields(type(getattr(cases[0], part))):

@@ -16,6 +16,7 @@ import pytest
 from attrs import fields
 
 from picotron.errors import PlanError
+from picotron.planner.cases import PRODUCT_FORMATS
 from tests.test_benchmarks import ROOT, run_script
 
 TABLE = ROOT / "benchmarks" / "data" / "measured.csv"
@@ -131,6 +132,9 @@ def test_step_time_is_read_from_the_most_direct_figure(package: Any, tmp_path: P
         ({"model_name": "Llama 3 8B LoRA"}, "adapters alone"),
         ({"gpu": "A100", "precision": "fp8"}, "has no fp8 products"),
         ({"precision": "int3"}, "is not a known one"),
+        ({"tokens_per_s_per_gpu": "", "mfu": "130"}, "mfu must be at most 1"),
+        ({"model_name": "Qwen3-Thing-999B-A9B"}, "is not listed"),
+        ({"model_name": "Mamba 2.8B"}, "is not listed"),
         ({"tokens_per_s_per_gpu": "1e-14"}, "not credible"),
     ],
 )
@@ -141,6 +145,41 @@ def test_a_bad_row_is_skipped_with_its_reason(
     bad, good = package.read_rows(written(tmp_path / "rows.csv", {**GOOD, **cells}, GOOD))
     assert reason in bad.skipped
     assert good.skipped is None
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "billions"),
+    [
+        ("Phi-3.5-MoE", "phi-3.5-moe-42b", 41.9),
+        ("Qwen3-Coder-480B-A35B", "qwen3-coder-480b-a35b", 480),
+        ("Mixtral 8x22B", "mixtral-8x22b", 140.6),
+        ("MiniMax-M2", "minimax-m2", 228.7),
+        ("PaLM 540B", "palm-540b", 540),
+        ("175B", "gpt3-175b", 174.6),
+        ("Vicuna 33B", None, 33),
+    ],
+)
+def test_a_model_is_the_one_whose_size_its_name_says(
+    package: Any, tmp_path: Path, name: str, listed: str | None, billions: float
+) -> None:
+    """A name of another size, or of experts, is no listed model; a dense one with a size is generic."""
+    models = importlib.import_module("published.models")
+    row = package.read_rows(written(tmp_path / "rows.csv", {**GOOD, "model_name": name}))[0]
+    assert row.facts.get("listed") == listed
+    assert models.total_weights(row.model) / 1e9 == pytest.approx(billions, rel=0.06)
+
+
+def test_cells_may_hold_units(package: Any, tmp_path: Path) -> None:
+    """8k tokens, 1.5 s, a utilisation in per cent, and the long names of formats."""
+    cells = {**GOOD, "tokens_per_s_per_gpu": "", "seq_len": "8k", "global_batch": 64, "mfu": "~40"}
+    read = package.read_rows(
+        written(
+            tmp_path / "rows.csv", {**cells, "precision": "float8 e4m3"}, {**cells, "step_time_s": "1.5 s"}
+        )
+    )
+    assert read[0].work["seq_len"] == 8192 and read[0].facts["mfu"] == 0.4
+    assert read[0].work["product_format"] == PRODUCT_FORMATS.index("fp8")
+    assert read[1].measured_step_seconds == 1.5
 
 
 def test_empty_cells_are_filled_by_named_lines(package: Any, tmp_path: Path) -> None:

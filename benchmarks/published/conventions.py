@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from .machines import known_machine, machine_values
 from .models import hyphened, matmul_weights, score_flops
 from .text import RowError
 
 PRINTED_PEAKS = (  # what sources divide by to print a utilisation, dense FLOP/s by GPU and format
     ("gb300", 2.5e15, 5e15), ("gb200", 2.45e15, 4.9e15), ("b300", 2.25e15, 4.5e15), ("b200", 2.25e15, 4.5e15),
-    ("h20(?!0)", 148e12, 296e12), ("h[128]00", 989e12, 1979e12), ("a[18]00", 312e12, 312e12),
-    ("v100", 125e12, 125e12), ("mi300", 1307.4e12, 2614.9e12),
+    ("h20(?!0)", 148e12, 296e12), ("h100.*pcie", 756e12, 1513e12),
+    ("h100(?!.*nvl(?!ink|72))|h[28]00", 989e12, 1979e12), ("a[18]00", 312e12, 312e12),
+    ("v100", 125e12, 125e12), ("mi3[02]", 1307.4e12, 2614.9e12),
 )  # fmt: skip
 
 
@@ -49,4 +51,6 @@ def printed_peak(gpu: str, product: str) -> float:
     for pattern, wide, narrow in PRINTED_PEAKS:
         if re.search(pattern, hyphened(gpu)):
             return narrow if "fp8" in product or product == "nvfp4" else wide
+    if machine := known_machine(gpu):
+        return machine_values(machine, product)["peak_flops"]
     raise RowError(f"no peak is known by which to read a utilisation of {gpu!r}")

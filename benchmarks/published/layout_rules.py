@@ -15,7 +15,8 @@ from .text import RowError
 
 Facts = dict[str, Any]
 
-NVIDIA = ("megatron-2021", "megatron-2024", "megatron-2025")
+NVIDIA_OF_LATE = ("megatron-2024", "megatron-2025", "megatron-2026")
+NVIDIA = ("megatron-2021", *NVIDIA_OF_LATE)
 FSDP_TRAINERS = ("llm-foundry", "torchtitan", "automodel")
 _SCHEDULES = (  # a word of a schedule's printed name, and the planner's name
     ("interleaved-zb", "interleaved-zb"),
@@ -185,7 +186,7 @@ def schedule(facts: Facts) -> str:
 def zero_of_megatron(facts: Facts) -> int | None:
     if facts["zero_stage_or_fsdp"] or facts["distributed_optimizer"].lower() in ("no", "false", "0"):
         return None
-    modern = facts["profile"] in ("megatron-2024", "megatron-2025")
+    modern = facts["profile"] in NVIDIA_OF_LATE
     return 1 if modern or facts["distributed_optimizer"] else None
 
 
@@ -196,7 +197,7 @@ def zero_of_fsdp(facts: Facts) -> int | None:
 def sequence_parallel(facts: Facts) -> int | None:
     if facts["sequence_parallel"] or facts["tp"] == 1:
         return None
-    return 1 if facts["profile"] in ("megatron-2024", "megatron-2025", "internevo") else None
+    return 1 if facts["profile"] in (*NVIDIA_OF_LATE, "internevo") else None
 
 
 def recompute_of_2021(facts: Facts) -> str | None:

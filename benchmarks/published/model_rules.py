@@ -30,6 +30,9 @@ _LLAMAS = (
 _SPARSE = (
     r"moe|-a\d+(\.\d+)?b|nemotron-?(v?3|3\.5)|deepseek|kimi|gpt-?oss|glm-?[45]|llama-?4|minimax|ernie-?4"
 )
+_OTHERS = (
+    r"mamba|rwkv|bert|t5|ul2|vit|clip|whisper|diffusion|jamba|-mix|switch|glam|x\d+e"  # no dense decoders
+)
 
 
 def known_model(facts: Facts) -> dict[str, Any] | None:
@@ -65,6 +68,16 @@ def style_by_sizes(facts: Facts) -> str:
         return "llama"
     named = models.hyphened(facts["model_name"]).startswith(("gpt", "megatron", "bert", "t5"))
     return "gpt" if named or (facts["year"] or 2030) <= 2022 or (hidden and width) else "llama"
+
+
+def parameters_in_name(facts: Facts) -> float | None:
+    """The billions in the name of a dense decoder that is not listed."""
+    name = models.hyphened(facts["model_name"])
+    known = facts.get("listed") or (facts.get("hidden") and facts.get("layers"))
+    if known or facts.get("num_experts") or (facts.get("ep") or 1) > 1 or re.search(_SPARSE, name):
+        return None
+    said = models.billions(name)
+    return None if said is None or said[0] > 1 or re.search(_OTHERS, name) else said[1]
 
 
 def generic_model(facts: Facts) -> dict[str, Any] | None:

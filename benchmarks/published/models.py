@@ -1,8 +1,8 @@
 """The sizes of a named model, and what its sizes come to in weights and FLOPs.
 
 ``models.json`` lists public configurations, each with a pattern that its names match: names are compared in
-lower case with one hyphen for every run of other characters. A model whose printed sizes contradict the
-listed ones (its number of layers aside: proxies are cut) is not that model.
+lower case with one hyphen for every run of other characters. A model whose printed sizes, or the billions in
+whose name, contradict the listed ones (its number of layers aside: proxies are cut) is not that model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 _COMPARED = ("hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "num_experts")
 _CLOSE = 1.12  # of vocabularies, which are padded
+_AS_LARGE = 1.35  # of the billions in two names of one model, which are rounded
 
 
 def hyphened(name: str) -> str:
@@ -26,8 +27,21 @@ def hyphened(name: str) -> str:
 def known_model(name: str, printed: Mapping[str, Any]) -> dict[str, Any] | None:
     """The first listed model that ``name`` matches and the printed sizes do not contradict."""
     text = hyphened(name)
-    fitting = (m for m in _table()["models"] if re.search(m["pattern"], text) and _agrees(m, printed))
-    return next(fitting, None)
+    named = (m for m in _table()["models"] if re.search(m["pattern"], text) and _is_as_large(m, text))
+    return next((m for m in named if _agrees(m, printed)), None)
+
+
+def billions(name: str) -> tuple[int, float] | None:
+    """Experts and billions of weights that a name says: (8, 7.0) of "mixtral-8x7b", (1, 30.0) of "30b"."""
+    found = re.search(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)(b|t|m)(?![a-z0-9])", hyphened(name))
+    if found is None:
+        return None
+    return int(found[1] or 1), float(found[2]) * {"t": 1e3, "b": 1.0, "m": 1e-3}[found[3]]
+
+
+def is_sparse_by_name(name: str) -> bool:
+    """Whether a name speaks of experts, or of fewer active weights than all: "Qwen3-30B-A3B"."""
+    return re.search(r"moe|-a\d+(\.\d+)?b\b", hyphened(name)) is not None
 
 
 def model_of_sizes(printed: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -49,6 +63,19 @@ def style(name: str) -> Mapping[str, Any]:
 
 def style_names() -> tuple[str, ...]:
     return tuple(_table()["styles"])
+
+
+def _is_as_large(model: Mapping[str, Any], name: str) -> bool:
+    """Whether the sizes in both names, and experts in either, may be one model's."""
+    if is_sparse_by_name(name) and not model.get("num_experts"):
+        return False
+    ours, theirs = billions(model["name"]), billions(name)
+    if ours is None and theirs is not None and model.get("params_b"):
+        ours = (1, model["params_b"])
+    if ours is None or theirs is None:
+        return True
+    (own, large), (other, size) = ours, theirs
+    return own == other and max(large, size) <= _AS_LARGE * min(large, size)
 
 
 def _agrees(model: Mapping[str, Any], printed: Mapping[str, Any]) -> bool:

@@ -157,6 +157,7 @@ def _model(facts: Facts) -> dict[str, float]:
         "rope_dim": facts.get("rope_dim") or 0,
         "moe_layers": facts["layers"] - (facts.get("dense_layers") or 0) if experts else 0,
         # experts in a latent width: fewer of the full width have as many weights, FLOPs and bytes dispatched
+        "expert_latent": latent,
         "experts": experts / latent,
         "top_k": (facts.get("top_k") or 0) / latent if experts else 0,
         "expert_intermediate": (facts.get("expert_intermediate") or 0) if experts else 0,

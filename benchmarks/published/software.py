@@ -18,7 +18,7 @@ def software_values(row: PublishedRow) -> dict[str, float]:
     values = dict(_of_profile(row.profile, row.architecture))
     values |= {
         name: float(row.facts[name])
-        for name in ("graphs", "tensor_overlap")
+        for name in ("graphs", "tensor_overlap", "expert_overlap", "expert_dedup", "expert_neighbours")
         if row.facts.get(name) is not None
     }
     if row.facts.get("attention"):

@@ -16,6 +16,7 @@ TEXTS = (
 )  # fmt: skip
 COLUMNS = (*TEXTS, *COUNTS, *AMOUNTS, "year")
 LARGEST = 1e15
+_UNITS = {"seq_len": ("k", 1024), "step_time_s": ("s", 1.0)}  # that a cell may end with; else "%"
 _NOTHING = {"", "-", "none", "--", "n/a", "na", "nan", "none stated", "unknown", "?", "null"}
 
 
@@ -29,17 +30,27 @@ def normal(text: str) -> str:
 
 
 def amount(name: str, text: str) -> float | None:
-    """The positive number in a cell, None where it is empty. Raises RowError for anything else."""
+    """The positive number in a cell, None where it is empty. Raises RowError for anything else.
+
+    "8k" is a length of 8192, "1.5 s" a step, "45" and "45 %" are utilisations of 0.45.
+    """
     cell = text.strip()
     if cell.lower() in _NOTHING:
         return None
+    unit, scale = _UNITS.get(name, ("%", 0.01))
+    bare = cell.lstrip("~≈").replace(",", "").strip()
+    if with_unit := bare.lower().endswith(unit):
+        bare = bare[: -len(unit)]
     try:
-        value = float(cell.replace(",", "").rstrip("%"))
+        value = float(bare) * (scale if with_unit else 1.0)
     except ValueError:
         raise RowError(f"{name} must be a number, got {cell[:40]!r}") from None
+    value = value / 100 if name == "mfu" and value > 1 else value
     if not math.isfinite(value) or not 0 < value < LARGEST:
         raise RowError(f"{name} must be positive and finite, got {cell[:40]!r}")
-    return value / 100 if cell.endswith("%") else value
+    if name == "mfu" and value > 1:
+        raise RowError(f"mfu must be at most 1, or 100 %, got {cell[:40]!r}")
+    return value
 
 
 def count(name: str, text: str) -> int | None:
@@ -101,18 +112,19 @@ def recomputation(text: str) -> tuple[str | None, float | None]:
 
 def product_format(text: str, architecture: str) -> str:
     """The format of the large products, from a name such as "bf16-amp", "fp8-cs" or "mxfp8"."""
-    words = text.lower()
-    if "nvfp4" in words or "fp4" in words:
+    words = re.sub(r"\bhalf\b", "fp16", text.lower())
+    words = re.sub(r"float[-_ ]?(?=\d)", "fp", re.sub(r"b(rain)?[-_ ]?float[-_ ]?16", "bf16", words))
+    if "fp4" in words:
         return "nvfp4"
     if "mx" in words:
         return "mxfp8"
-    if "fp8" in words:
+    if re.search(r"fp8|e4m3|e5m2", words):
         fine = any(word in words for word in ("finer", "block", "subchannel", "fp8-sc", "fp8_sc", "fp8sc"))
         return ("mxfp8" if architecture == "blackwell" else "fp8-blockwise") if fine else "fp8"
     for name in ("bf16", "fp16", "tf32", "fp64", "fp32"):
         if name in words:
             return name
-    if "bfloat16" in words or "mixed" in words or "amp" in words:
+    if "mixed" in words or "amp" in words:
         return "fp16" if architecture == "volta" else "bf16"
     raise RowError(f"precision {text[:40]!r} is not a known one")
 

@@ -32,7 +32,8 @@ class Block:
     forward: Seconds = field(factory=dict)
     backward: Seconds = field(factory=dict)
     forward_kernels: Column = field(factory=lambda: np.zeros(()))
-    waits: Column = field(factory=lambda: np.zeros(()))  # of the host for the device, in both passes together
+    launches: Column = field(factory=lambda: np.zeros(()))  # of them, those that the host launches one by one
+    waits: Column = field(factory=lambda: np.zeros(()))  # seconds of the device for the host, both passes
 
     @property
     def backward_kernels(self) -> Column:
@@ -51,6 +52,11 @@ class Here:
     tokens: Column  # of a tensor-parallel group's microbatch
     local: Column  # of them, those a rank keeps between blocks (fewer under sequence parallelism)
 
+    @property
+    def ungraphed(self) -> Column:
+        """1 where the host launches the kernels of whatever is no expert, 0 where graphs hold them."""
+        return np.where(self.cases.software.graphs > 0, 0.0, 1.0)
+
     def passes(self, name: str, elements: Column) -> Column:
         """Seconds of the elementwise kernels ``name`` over ``elements``, forward and backward together."""
         count = self.constants.by(f"{name}_passes", self.cases.software.kernels)
@@ -67,14 +73,16 @@ def weighted(blocks: Sequence[tuple[Block, Column | float]]) -> Block:
     forward: dict[str, Column] = {}
     backward: dict[str, Column] = {}
     kernels: Column = np.zeros(())
+    launches: Column = np.zeros(())
     waits: Column = np.zeros(())
     for block, times in blocks:
         for total, part in ((forward, block.forward), (backward, block.backward)):
             for cause, seconds in part.items():
                 total[cause] = total[cause] + seconds * times if cause in total else seconds * times
         kernels = kernels + block.forward_kernels * times
+        launches = launches + block.launches * times
         waits = waits + block.waits * times
-    return Block(forward=forward, backward=backward, forward_kernels=kernels, waits=waits)
+    return Block(forward=forward, backward=backward, forward_kernels=kernels, launches=launches, waits=waits)
 
 
 def total(seconds: Seconds, causes: Sequence[str] | None = None) -> Column:
@@ -84,18 +92,24 @@ def total(seconds: Seconds, causes: Sequence[str] | None = None) -> Column:
 
 
 def products_seconds(
-    here: Here, products: Sequence[Product], groups: Column | float = 1.0
+    here: Here,
+    products: Sequence[Product],
+    groups: Column | float = 1.0,
+    launches: Column | float = 1.0,
 ) -> tuple[Column, Column]:
     """Seconds of products forward, and of the two that each has backward."""
+
+    def seconds(m: Column, n: Column, k: Column, narrow: bool, output: Column | None = None) -> Column:
+        return matmul_seconds(
+            here.rates, m, n, k, narrow=narrow, groups=groups, launches=launches, output_bytes=output
+        )
+
     forward: Column = np.zeros(())
     backward: Column = np.zeros(())
     added = 2.0 * here.cases.work.gradient_bytes  # a weight's gradient is added to what is there
     for m, n, k, narrow in products:
-        forward = forward + matmul_seconds(here.rates, m, n, k, narrow=narrow, groups=groups)
-        backward = backward + matmul_seconds(here.rates, m, k, n, narrow=narrow, groups=groups)
-        backward = backward + matmul_seconds(
-            here.rates, n, k, m, narrow=narrow, groups=groups, output_bytes=added
-        )
+        forward = forward + seconds(m, n, k, narrow)
+        backward = backward + seconds(m, k, n, narrow) + seconds(n, k, m, narrow, added)
     return forward, backward
 
 
@@ -143,6 +157,7 @@ def dense_mlp(here: Here, inner: Column) -> Block:
         forward={"matmul": forward, "elementwise": 0.4 * moved + cast, "tensor": around},
         backward={"matmul": backward, "elementwise": 0.6 * moved + cast_backward, "tensor": around},
         forward_kernels=0.5 * layer_kernels(here),
+        launches=0.5 * layer_kernels(here) * here.ungraphed,
     )
 
 

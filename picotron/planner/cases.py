@@ -47,6 +47,9 @@ class ModelColumns:
     top_k: Column
     expert_intermediate: Column
     shared_intermediate: Column  # of the experts every token visits, together
+    expert_latent: (
+        Column  # hidden over the width that experts read (at least 1); they are counted at full width
+    )
     windowed_layers: Column  # layers whose attention looks back no further than ``window``
     window: Column
 
@@ -103,17 +106,29 @@ class SoftwareColumns:
     gather_overlap: Column  # 1: sharded parameters are gathered under forward
     pipeline_overlap: Column  # 1: stage to stage transfers run beside compute
     expert_overlap: Column  # share of expert all-to-alls hidden
-    expert_dedup: Column  # 1: a token that several experts of a node want crosses the network once
+    expert_dedup: Column  # 1: a token is sent once to each rank, and once to each node, that wants it
+    expert_neighbours: (
+        Column  # 1: a token's experts are neighbours, as a benchmark's balanced gate deals them
+    )
+    expert_kernels: Column  # index into EXPERT_KERNELS: how the products of a rank's experts are launched
+    expert_graphs: Column  # 1: experts too are launched as graphs, and the host waits for no counts
     loss: Column  # index into LOSSES: what stands beside the logits
-    graphs: Column  # 1: whole layers are launched as graphs, without a gap between kernels
+    graphs: Column  # 1: all but experts is launched as graphs, without the host
     optimizer_on_host: Column  # 1: the update runs on the host's processors, from host memory
     recompute_stops_early: Column  # 1: recomputation leaves out a layer's last product, which nothing reads
+    far_adapters: Column  # 1: a ring's messages are not handed to the rank beside the adapter that it uses
+    checkpoint_waits: Column  # 1: a recomputed layer makes the device wait for the host's own bookkeeping
     bucket_bytes: Column  # of one data-parallel transfer: what is reduced or gathered at a time
     clock: Column  # share of the nominal peak that the power cap leaves under sustained load
 
 
 ATTENTIONS = ("unfused", "fused-softmax", "flash-1", "flash-2", "flash-3", "cudnn")
 KERNEL_SETS = ("eager", "fused", "compiled")
+EXPERT_KERNELS = (
+    "looped",
+    "grouped",
+    "fused",
+)  # one launch each; one for all; with activation and casts in it
 LOSSES = ("copy", "in place", "chunked")  # logits in fp32 beside them; over them; a chunk of tokens at a time
 
 
@@ -214,6 +229,7 @@ def model_columns(model: ModelSpec) -> ModelColumns:
             "top_k": experts.top_k if experts else 0,
             "expert_intermediate": experts.intermediate_size if experts else 0,
             "shared_intermediate": experts.shared_intermediate_size if experts else 0,
+            "expert_latent": 1,
             "windowed_layers": 0,
             "window": 0,
         },

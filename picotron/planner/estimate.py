@@ -83,7 +83,7 @@ def estimate_seconds(
     layout, work = cases.layout, cases.work
     microbatches = np.maximum(np.ceil(work.global_batch / (layout.dp * layout.micro_batch)), 1.0)
 
-    layer = with_recompute(cases, layers)
+    layer = with_recompute(cases, table, layers)
     held = stage_layers(cases, mean=mean_layers)
     stage, others = _slowest(cases, table, layers, layer, held)
     forward, backward, launch = pass_seconds(cases, table, stage)
@@ -139,7 +139,7 @@ def _check(cases: Cases) -> None:
                 raise PlanError(f"{type(part).__name__}.{name} must be positive and finite, got {bad:g}")
 
 
-def with_recompute(cases: Cases, layers: LayerTimes) -> Block:
+def with_recompute(cases: Cases, constants: Constants, layers: LayerTimes) -> Block:
     """The mean layer, whose backward begins by computing again what was not kept."""
     layout, layer = cases.layout, layers.layer
     full = np.where(layout.recompute == _FULL, layout.recompute_layers, 0.0)
@@ -148,15 +148,19 @@ def with_recompute(cases: Cases, layers: LayerTimes) -> Block:
         return layer
     skipped = np.where(cases.software.recompute_stops_early > 0, layers.last_product, 0.0)
     again = full * (total(layer.forward, CORE) - skipped) + core * layer.forward["attention"]
+    repeated = {"expert": np.where(cases.software.recompute_stops_early > 0, 0.5, 1.0)}  # no combine
     backward = {
-        cause: seconds + full * layer.forward.get(cause, np.zeros(())) if cause not in CORE else seconds
+        cause: seconds + full * repeated.get(cause, 1.0) * layer.forward.get(cause, np.zeros(()))
+        if cause not in CORE
+        else seconds
         for cause, seconds in layer.backward.items()
     }
     return Block(
         forward=layer.forward,
         backward=backward | {"recompute": again},
         forward_kernels=layer.forward_kernels * (1.0 + full / 2.6),
-        waits=layer.waits,
+        launches=layer.launches * (1.0 + full / 2.6),
+        waits=layer.waits + full * cases.software.checkpoint_waits * constants["checkpoint_seconds"],
     )
 
 
@@ -203,11 +207,11 @@ class _Times:
         """Both passes of a block."""
         kernels = block.forward_kernels + block.backward_kernels
         scale = cases.machine.compute_scale
-        launched = (cases.software.graphs <= 0) * scale
+        launches = (1.0 + BACKWARD_KERNELS) * block.launches
         return cls(
             device=total(block.forward) + total(block.backward) + kernels * constants["gap_seconds"] * scale,
-            host=kernels * constants["launch_seconds"] * launched,
-            waits=block.waits * constants["wait_seconds"] * launched,
+            host=launches * constants["launch_seconds"] * scale,
+            waits=block.waits * scale,
         )
 
     @staticmethod

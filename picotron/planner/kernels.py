@@ -39,6 +39,7 @@ class Rates:
     bytes_per_second: Column
     processors: Column
     tile_ramp: Column
+    narrow_ramp: Column  # longer in steps of narrow operands: the result is as wide as ever
     wave_weight: Column
     spill: Column
 
@@ -63,6 +64,8 @@ def device_rates(cases: Cases, constants: Constants) -> Rates:
         bytes_per_second=moved * constants.by("memory_share", machine.architecture),
         processors=machine.processors,
         tile_ramp=constants["tile_ramp"],
+        narrow_ramp=constants["tile_ramp"]
+        * np.where(is_narrow, machine.peak_flops / machine.peak_16bit, 1.0),
         wave_weight=constants["wave_weight"],
         spill=constants["spill_share"],
     )
@@ -76,11 +79,13 @@ def matmul_seconds(
     *,
     narrow: bool,
     groups: Column | float = 1.0,
+    launches: Column | float = 1.0,
     output_bytes: Column | None = None,
 ) -> Column:
-    """Seconds of ``groups`` products of m x k by k x n launched as one kernel; 0 where a size is 0.
+    """Seconds of ``groups`` products of m x k by k x n in so many ``launches``; 0 where a size is 0.
 
-    ``output_bytes`` are moved for each element of the result (8 where it is added to 32 bits).
+    Only tiles of one launch share its last wave. ``output_bytes`` are moved for each element of the result (8
+    where it is added to 32 bits).
     """
     if not (np.any(n) and np.any(k)):
         return np.zeros(())
@@ -88,11 +93,12 @@ def matmul_seconds(
     width = rates.operand_bytes if narrow else rates.wide_bytes
     result = rates.wide_bytes if output_bytes is None else output_bytes
     by_memory = groups * ((m + n) * k * width + result * m * n) / rates.bytes_per_second
-    steps = 2.0 * (k + rates.tile_ramp) / rate
+    ramp = rates.narrow_ramp if narrow else rates.tile_ramp
+    steps = 2.0 * (k + ramp) / rate
     busy: Column | None = None
     for rows, columns, speed in TILES:
         tiles = groups * np.ceil(m / rows) * np.ceil(n / columns)
-        waves = np.ceil(tiles / rates.processors) * rates.processors
+        waves = np.ceil(tiles / (launches * rates.processors)) * (launches * rates.processors)
         seconds = (tiles + rates.wave_weight * (waves - tiles)) * (rows * columns / speed) * steps
         busy = seconds if busy is None else np.minimum(busy, seconds)
     assert busy is not None

@@ -22,7 +22,7 @@ from picotron.planner.block_times import (
 )
 from picotron.planner.cases import Cases, Column
 from picotron.planner.constants import Constants
-from picotron.planner.expert_times import expert_block
+from picotron.planner.expert_times import down_seconds, expert_block
 from picotron.planner.kernels import Rates, attention_seconds, matmul_seconds
 from picotron.planner.network import Group, Links, group, ring_seconds, strides
 
@@ -51,9 +51,8 @@ def layer_times(cases: Cases, constants: Constants, rates: Rates, link: Links) -
     blocks = [(attention, 1.0), (mlp, 1.0 - share)]
     if np.any(model.moe_layers):
         blocks.append((experts, share))
-    down = matmul_seconds(rates, tokens, model.hidden, model.intermediate / layout.tp, narrow=True)
     return LayerTimes(
-        last_product=down * (1.0 - share),
+        last_product=_last_product(here, share),
         attention=attention,
         mlp=mlp,
         experts=experts,
@@ -61,6 +60,17 @@ def layer_times(cases: Cases, constants: Constants, rates: Rates, link: Links) -
         head=_head(here),
         layer=weighted(blocks),
     )
+
+
+def _last_product(here: Here, share: Column) -> Column:
+    """The mean layer's down projection, ``share`` of which are of experts; 0 where nobody leaves it out."""
+    cases, model, layout = here.cases, here.cases.model, here.cases.layout
+    if not np.any(cases.software.recompute_stops_early):
+        return np.zeros(())
+    inner = model.intermediate / layout.tp
+    dense = matmul_seconds(here.rates, here.tokens, model.hidden, inner, narrow=True)
+    mean: Column = dense * (1.0 - share) + down_seconds(here) * share
+    return mean
 
 
 def _attention(here: Here) -> Block:
@@ -95,6 +105,7 @@ def _attention(here: Here) -> Block:
             "context": ring_backward,
         },
         forward_kernels=0.5 * layer_kernels(here),
+        launches=0.5 * layer_kernels(here) * here.ungraphed,
     )
 
 
@@ -161,6 +172,7 @@ def _embedding(here: Here) -> Block:
         forward={"elementwise": 4.0 * moved, "tensor": around},
         backward={"elementwise": 5.0 * moved, "tensor": around},
         forward_kernels=np.full((), 6.0),
+        launches=6.0 * here.ungraphed,
     )
 
 
@@ -176,4 +188,5 @@ def _head(here: Here) -> Block:
         forward={"matmul": forward, "elementwise": 0.4 * moved + 0.55 * loss, "tensor": 0.5 * around},
         backward={"matmul": backward, "elementwise": 0.6 * moved + 0.45 * loss, "tensor": 0.5 * around},
         forward_kernels=np.full((), 15.0),
+        launches=15.0 * here.ungraphed,
     )

@@ -23,6 +23,9 @@ class Group:
 
     size: Column
     inside: Column
+    reach: Column | float = (
+        1.0  # share of its adapters' rate, where they are far from the ranks that use them
+    )
 
 
 @frozen(kw_only=True, eq=False)
@@ -85,7 +88,7 @@ def joined(outer: Group, inner: Group) -> Group:
 def ring_seconds(link: Links, payload_bytes: Column, where: Group, rounds: float = 1.0) -> Column:
     """A ring all-gather or reduce-scatter of ``payload_bytes``, the whole tensor; 2 rounds all-reduce."""
     crosses = where.size > where.inside
-    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    rate = np.where(crosses, np.minimum(link.inter * where.inside * where.reach, link.intra), link.intra)
     nodes = where.size / where.inside
     hops = np.where(crosses, nodes * link.inter_seconds, 0.0) + (where.size - nodes) * link.intra_seconds
     bytes_sent = payload_bytes * (where.size - 1.0) / where.size
@@ -101,7 +104,7 @@ def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Colu
     ring = ring_seconds(link, payload_bytes, where, rounds=2.0)
     nodes = where.size / where.inside
     crosses = where.size > where.inside
-    rate = np.where(crosses, np.minimum(link.inter * where.inside, link.intra), link.intra)
+    rate = np.where(crosses, np.minimum(link.inter * where.inside * where.reach, link.intra), link.intra)
     depth = np.log2(np.maximum(nodes, 1.0)) * link.inter_seconds + (where.inside - 1.0) * link.intra_seconds
     tree = 2.0 * (payload_bytes / rate + depth) + link.start_seconds
     quickest = np.minimum(ring, tree)
@@ -115,14 +118,19 @@ def all_reduce_seconds(link: Links, payload_bytes: Column, where: Group) -> Colu
 
 
 def all_to_all_seconds(
-    link: Links, payload_bytes: Column, where: Group, copies: Column | float = 1.0
+    link: Links,
+    payload_bytes: Column,
+    where: Group,
+    leaving: Column | float | None = None,
+    staying: Column | float | None = None,
 ) -> Column:
-    """Every rank sends an equal part of its ``payload_bytes`` to each: those out of the node by its adapter.
+    """Every rank sends an equal part of its ``payload_bytes`` to each, by its adapter and its node's links.
 
-    ``copies`` is the share of the bytes for other nodes that really cross the network.
+    ``leaving`` and ``staying`` are the shares of the bytes that cross the network and the node's own links
+    where they are not those of equal parts.
     """
-    leaving = (1.0 - where.inside / where.size) * copies
-    staying = (where.inside - 1.0) / where.size
+    leaving = 1.0 - where.inside / where.size if leaving is None else leaving
+    staying = (where.inside - 1.0) / where.size if staying is None else staying
     slower = np.maximum(payload_bytes * leaving / link.inter, payload_bytes * staying / link.intra)
     hop = np.where(leaving > 0, link.inter_seconds, link.intra_seconds)
     seconds = slower + hop + link.start_seconds

@@ -93,7 +93,7 @@ def _recomputed(cases: Cases, layers: LayerTimes, block: Block, mode: str) -> Bl
     layout = evolve(
         cases.layout, recompute=np.asarray(float(RECOMPUTES.index(mode))), recompute_layers=np.ones(())
     )
-    return with_recompute(evolve(cases, layout=layout), evolve(layers, layer=block))
+    return with_recompute(evolve(cases, layout=layout), default_constants(), evolve(layers, layer=block))
 
 
 def _target(cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Target:

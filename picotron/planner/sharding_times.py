@@ -10,7 +10,7 @@ beside it by a stated share. Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et 
 from __future__ import annotations
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from picotron.planner.cases import RECOMPUTES, Cases, Column
 from picotron.planner.constants import Constants
@@ -51,6 +51,7 @@ def data_seconds(
     """Exposed seconds a step of reductions and gathers, with what hidden ones take from computing."""
     work, layout, software = cases.work, cases.layout, cases.software
     shard, copies, own = data_groups(cases)
+    shard, copies = (_reached(cases, constants, each) for each in (shard, copies))
     ends = counts.embedding + np.where(layout.pp > 1, 0.0, counts.head)
     dense = beside.layers * counts.layer + ends
     experts = beside.layers * counts.layer_experts
@@ -88,6 +89,17 @@ def data_seconds(
     late = np.where(once, reduce_copies, 0.0) + reduce_experts
     sharded = beside.microbatches * (forwards + backwards) + ahead + late
     return np.where(fully, sharded, ordinary)
+
+
+def _reached(cases: Cases, constants: Constants, where: Group) -> Group:
+    """The group with the share of its adapters' rate that it reaches.
+
+    A ring that enters and leaves a node by one adapter has both ends beside it where its ranks are
+    neighbours, or one rank is alone; else one end is far, unless the library hands messages on in the node.
+    """
+    apart = (where.inside > 1) & (cases.layout.tp * cases.layout.cp > 1)
+    far = np.where(apart, cases.software.far_adapters, 0.0) > 0
+    return evolve(where, reach=np.where(far, constants["far_adapter_share"], 1.0))
 
 
 def _exposed(constants: Constants, seconds: Column, beside: Column, overlaps: Column) -> Column:

@@ -15,13 +15,14 @@ from attrs import Attribute, field, fields, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.architectures import ARCHITECTURES
-from picotron.planner.cases import ATTENTIONS, KERNEL_SETS, LOSSES, SoftwareColumns, columns
+from picotron.planner.cases import ATTENTIONS, EXPERT_KERNELS, KERNEL_SETS, LOSSES, SoftwareColumns, columns
 from picotron.planner.records import preset, preset_table
 from picotron.planner.validators import FLAG, NAME, as_float, is_between, is_positive, must_be, shown
 
 _SHARE = must_be("a share in [0, 1]", lambda value: is_between(value, 0, 1))
 _POSITIVE = must_be("a positive number", is_positive)
 _KERNELS = must_be(f"one of {KERNEL_SETS}", lambda value: value in KERNEL_SETS)
+_EXPERTS = must_be(f"one of {EXPERT_KERNELS}", lambda value: value in EXPERT_KERNELS)
 _LOSS = must_be(f"one of {LOSSES}", lambda value: value in LOSSES)
 _BYTES = must_be("bytes of an element, 1 to 8", lambda value: is_between(value, 1, 8))
 
@@ -62,10 +63,15 @@ class SoftwareProfile:
     pipeline_overlap: bool = field(default=False, validator=FLAG)
     expert_overlap: float = field(default=0.0, converter=as_float, validator=_SHARE)
     expert_dedup: bool = field(default=False, validator=FLAG)
+    expert_neighbours: bool = field(default=False, validator=FLAG)
+    expert_kernels: str = field(default="looped", validator=_EXPERTS)
+    expert_graphs: bool = field(default=False, validator=FLAG)
     loss: str = field(default="copy", validator=_LOSS)
     graphs: bool = field(default=False, validator=FLAG)
     optimizer_on_host: bool = field(default=False, validator=FLAG)
     recompute_stops_early: bool = field(default=False, validator=FLAG)
+    far_adapters: bool = field(default=False, validator=FLAG)
+    checkpoint_waits: bool = field(default=False, validator=FLAG)
     bucket_bytes: float = field(default=2e8, converter=as_float, validator=_POSITIVE)
     clock: Mapping[str, float] = _table("a share in (0, 1.2]", lambda value: is_between(value, 0.1, 1.2))
     wire_bytes: float = field(default=4.0, converter=as_float, validator=_BYTES)
@@ -86,11 +92,12 @@ def software_columns(profile: SoftwareProfile, architecture: str) -> SoftwareCol
             "attention": ATTENTIONS.index(attention),
             "kernels": KERNEL_SETS.index(profile.kernels),
             "loss": LOSSES.index(profile.loss),
+            "expert_kernels": EXPERT_KERNELS.index(profile.expert_kernels),
             "clock": profile.clock.get(architecture, profile.clock["default"]),
             **{
                 name: getattr(profile, name)
                 for name in (f.name for f in fields(SoftwareColumns))
-                if name not in ("attention", "kernels", "loss", "clock")
+                if name not in ("attention", "kernels", "loss", "expert_kernels", "clock")
             },
         },
     )

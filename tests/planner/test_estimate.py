@@ -8,8 +8,9 @@ from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner.bubbles import bubble_seconds
-from picotron.planner.cases import SCHEDULE_NAMES
+from picotron.planner.cases import SCHEDULE_NAMES, Cases
 from picotron.planner.catalogue import SCHEDULES, make_schedule
+from picotron.planner.constants import default_constants
 from picotron.planner.estimate import CAUSES, estimate_seconds
 from picotron.planner.families import read
 from picotron.planner.flops import backward_flops, forward_flops
@@ -184,6 +185,41 @@ def test_experts_that_leave_the_node_cost_the_network() -> None:
     assert causes(dp=16)["expert"] == 0
 
 
+def test_a_token_is_sent_to_few_ranks_where_its_experts_are_neighbours() -> None:
+    """Of 16 experts a rank, 8 neighbours are on one of 8 ranks; even choices on 8 (1 - (7/8)^8) = 5.25."""
+    sizes = case(model="qwen3-30b-a3b", dp=8, ep=8)
+
+    def exchange(**flags: float) -> float:
+        software = evolve(sizes.software, **{name: np.asarray(value) for name, value in flags.items()})
+        return float(estimate_seconds(evolve(sizes, software=software), IDEAL).causes["expert"][0])
+
+    every, once = exchange(), exchange(expert_dedup=1.0)
+    assert once / every == pytest.approx((1 - (7 / 8) ** 8), rel=0.02)  # all but latencies: 5.25 of 8
+    assert exchange(expert_dedup=1.0, expert_neighbours=1.0) / every == pytest.approx(1 / 8, rel=0.1)
+    assert exchange(expert_neighbours=1.0) == every
+
+
+def test_experts_without_a_gate_multiply_two_thirds() -> None:
+    """Two matrices instead of three; what is not experts stays."""
+    gated = case(model="qwen3-30b-a3b", dp=8, ep=8)
+    models = [evolve(gated.model, gated=np.asarray(flag)) for flag in (1.0, 0.0)]
+    three, two = (estimate_seconds(evolve(gated, model=model), IDEAL).layers.experts for model in models)
+    router = 2 * 4096 * 2048 * 128 / 989e12
+    assert (two.forward["matmul"] - router) / (three.forward["matmul"] - router) == pytest.approx(
+        2 / 3, rel=0.02
+    )
+
+
+def test_experts_of_a_latent_width_multiply_as_many_weights_of_narrower_rows() -> None:
+    """Four times as many, a quarter as wide: the same products and bytes sent, a longer activation."""
+    wide = case(model="qwen3-30b-a3b", dp=8, ep=8)
+    thin = evolve(wide, model=evolve(wide.model, expert_latent=np.asarray(4.0)))
+    before, after = (estimate_seconds(each, IDEAL).layers.experts.forward for each in (wide, thin))
+    assert after["matmul"] == pytest.approx(float(before["matmul"]), rel=0.15)
+    assert after["expert"] == pytest.approx(float(before["expert"]), rel=1e-6)
+    assert after["elementwise"] > before["elementwise"]
+
+
 @pytest.mark.parametrize(
     ("part", "name"), [("machine", "inter_bytes_per_second"), ("layout", "tp"), ("work", "seq_len")]
 )
@@ -203,3 +239,45 @@ def test_graphs_take_launches_away() -> None:
         for name in ("plain", "oneflow-2021")
     )
     assert slow > 5 * fast > 0
+
+
+def test_bookkeeping_of_checkpoints_is_waited_for() -> None:
+    """Each of 16 layers of 64 microbatches waits as long, however much it computes; none that is kept."""
+    for seq_len in (512, 4096):
+        seconds = [
+            estimate_seconds(_with(case(seq_len=seq_len, recompute="full", recompute_layers=share), waits))
+            for share, waits in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))
+        ]
+        waited, none, idle, plain = (float(each.step_seconds[0]) for each in seconds)
+        assert waited - none == pytest.approx(64 * 16 * float(default_constants()["checkpoint_seconds"]))
+        assert idle == plain
+
+
+def _with(cases: Cases, waits: float) -> Cases:
+    return evolve(cases, software=evolve(cases.software, checkpoint_waits=np.asarray(waits)))
+
+
+def test_rings_of_ranks_that_are_not_neighbours_reach_less_of_far_adapters() -> None:
+    """Of 8 ranks a node all or one make a ring as ever; every second does not, where nothing is handed on."""
+
+    def lost(tp: int) -> float:
+        cases = case(dp=64 // tp, tp=tp, global_batch=64)
+        far = evolve(cases, software=evolve(cases.software, far_adapters=np.ones(())))
+        near, slow = (estimate_seconds(each).causes["data"][0] for each in (cases, far))
+        return float(slow / near)
+
+    assert lost(1) == lost(8) == 1
+    assert lost(2) > 1.5 and lost(4) > 1.5
+
+
+def test_graphs_of_attention_leave_the_experts_launches() -> None:
+    """Graphs take the launches outside of experts; the experts' go with graphs of their own."""
+    sizes = case(model="qwen3-30b-a3b", dp=8, ep=8, seq_len=256)
+
+    def launches(**flags: float) -> float:
+        software = evolve(sizes.software, **{name: np.asarray(value) for name, value in flags.items()})
+        return float(estimate_seconds(evolve(sizes, software=software)).causes["launch"][0])
+
+    none, partly, wholly = launches(), launches(graphs=1.0), launches(graphs=1.0, expert_graphs=1.0)
+    assert none > partly > 5 * wholly > 0
+    assert launches(expert_kernels=1.0) < none  # one launch for all experts

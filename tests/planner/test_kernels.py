@@ -17,6 +17,7 @@ DEVICE = Rates(
     bytes_per_second=1e30 * ONE,
     processors=4.0 * ONE,
     tile_ramp=0.0 * ONE,
+    narrow_ramp=0.0 * ONE,
     wave_weight=1.0 * ONE,
     spill=0.0 * ONE,
 )
@@ -37,6 +38,17 @@ def test_a_fifth_tile_costs_a_wave() -> None:
     assert seconds(1280, 128, 64) == pytest.approx(5 / 0.8 * 256 * 128 * 64)
     gentle = evolve(DEVICE, wave_weight=np.zeros(()))
     assert seconds(1280, 128, 64, gentle) == 1280 * 128 * 64
+
+
+def test_only_one_launch_shares_its_last_wave() -> None:
+    """Two products of two large tiles fill 4 processors; alone each takes four small ones, at 0.94."""
+    sizes = [np.asarray(float(size)) for size in (512, 128, 64)]
+    together, apart = (
+        float(matmul_seconds(DEVICE, *sizes, narrow=False, groups=2.0, launches=count))
+        for count in (1.0, 2.0)
+    )
+    assert together == 4 * 256 * 128 * 64
+    assert apart == pytest.approx(2 * 4 * 128 * 128 * 64 / 0.94)
 
 
 def test_a_row_too_many_costs_a_row_of_tiles() -> None:

@@ -38,6 +38,7 @@ def test_the_attention_kernel_follows_the_architecture() -> None:
         ({"clock": {"default": 1.0, "pascal": 1.0}}, "clock must have a default and may name"),
         ({"clock": 0.0}, "clock must be a share"),
         ({"kernels": "hand-made"}, "kernels must be one of"),
+        ({"expert_kernels": "lost"}, "expert_kernels must be one of"),
         ({"tensor_overlap": 2.0}, r"tensor_overlap must be a share in \[0, 1\]"),
         ({"bucket_bytes": -1.0}, "bucket_bytes must be a positive number"),
     ],
