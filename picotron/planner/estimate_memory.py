@@ -108,7 +108,7 @@ def _estimate(cases: Cases, imbalance: float) -> MemoryEstimate:
     blocks = blocks_of(cases, imbalance)
     positions = _positions(cases)
     found = [_rank_bytes(blocks, position) for position in positions]
-    sums = [sum(v for k, v in classes.items() if k not in APART) for classes in found]
+    sums = [sum(classes.values()) for classes in found]
     shape = np.broadcast_shapes((len(cases),), *(np.shape(s) for s in sums))
     fullest = np.stack([np.broadcast_to(s, shape) for s in sums]).argmax(axis=0)
 
