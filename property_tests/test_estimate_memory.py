@@ -96,6 +96,7 @@ def decoders(draw: st.DrawFn) -> dict[str, float]:
         "top_k": 2 if experts else 0,
         "expert_intermediate": hidden if experts else 0,
         "shared_intermediate": hidden * draw(st.integers(0, 1)) if experts else 0,
+        "expert_latent": 1,
         "windowed_layers": 0,
         "window": 0,
     }
