@@ -135,6 +135,8 @@ def test_step_time_is_read_from_the_most_direct_figure(package: Any, tmp_path: P
         ({"tokens_per_s_per_gpu": "", "mfu": "130"}, "mfu must be at most 1"),
         ({"model_name": "Qwen3-Thing-999B-A9B"}, "is not listed"),
         ({"model_name": "Mamba 2.8B"}, "is not listed"),
+        ({"model_name": "Mixtral 4x7B"}, "is not listed"),
+        ({"model_name": "Llama-MoE 7B"}, "is not listed"),
         ({"tokens_per_s_per_gpu": "1e-14"}, "not credible"),
     ],
 )
