@@ -67,32 +67,26 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _model_block(lines: Sequence[str]) -> list[str]:
-    """The lines below ``MODEL_ARGS:``, if it stands there."""
-    heads = [index for index, line in enumerate(lines) if line.strip() == "MODEL_ARGS:"]
-    if not heads:
-        return []
-    depth, rest = _indent(lines[heads[0]]), lines[heads[0] + 1 :]
-    ends = (index for index, line in enumerate(rest) if _indent(line) <= depth)
-    return list(rest[: next(ends, len(rest))])
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
 def _read_yaml(lines: Iterable[str]) -> WrittenArguments:
     """``--key: value`` lines: true is a flag alone, false none; items of a list are its values."""
     words: list[str] = []
     for line in lines:
         match = _YAML_LINE.match(line)
         if match is None:
-            words += [line.strip().removeprefix("- ").strip("'\"")] if words else []
+            words += _items(line.strip()[2:]) if words and line.strip().startswith("- ") else []
             continue
         key, plain = match[2], (match[3] or "").split(" #")[0].strip()
         if plain.lower() in ("false", "null", "~", "none") or (not plain and not key.startswith("--")):
             continue
-        items = shlex.split(plain.strip("[]").replace(",", " ") if plain.startswith("[") else plain)
         words.append(f"--{key.lstrip('-')}")
-        words += [] if plain.lower() == "true" else items if plain.startswith("[") else [" ".join(items)][:1]
+        words += [] if plain.lower() == "true" else _items(plain)
     return WrittenArguments(words=tuple(word for word in words if word))
+
+
+def _items(plain: str) -> list[str]:
+    """The values of a line: a text, quoted or not, or the items of a list in brackets."""
+    try:
+        text = " ".join(shlex.split(plain))
+        return shlex.split(text[1:-1].replace(",", " ")) if text.startswith("[") else [text]
+    except ValueError:
+        raise PlanError(f"a quote must close, got {shown(plain)}") from None
