@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from picotron.planner.exported import (
-    FEWEST_STEPS,
     Note,
     Unexpressed,
     same_order,
     stage_slices,
+    trained_steps,
 )
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
@@ -93,10 +93,10 @@ def training_of(plan: TrainingPlan, steps: int | None) -> Iterator[Part]:
     yield "training", "max_norm", work.max_grad_norm
     if not work.max_grad_norm:
         yield Unexpressed("no clipping of gradients: a norm of 0 would clip them to nothing, so raise it")
-    least = max(work.decay_steps, work.warmup_steps + 1, FEWEST_STEPS)
-    yield "training", "steps", least if steps is None else steps
+    count = trained_steps(work, steps)
+    yield "training", "steps", count
     if steps is None:
-        yield Note(f"a plan does not say how many steps are trained: {least} stands in")
+        yield Note(f"a plan does not say how many steps are trained: {count} stands in")
     yield "training", "dataset", "c4_test"
     yield Note("data and tokenizer are the run's own: c4_test and its tokenizer stand in")
     wide = {"fp32": "float32", "fp64": "float32"}.get(work.precision, "bfloat16")
