@@ -217,11 +217,12 @@ def test_flags_that_its_own_checks_refuse_together_are_not_written():
     assert "NVTE_CPU_OFFLOAD_V1=1" in to_megatron(made(offload=True)).environment
 
 
-def test_yaml_is_read_as_arguments():
-    """``--key: value`` lines under MODEL_ARGS; true is a flag alone."""
+@pytest.mark.parametrize("modules", [' "[core_attn, mlp]"', "\n    - core_attn\n    - mlp"])
+def test_yaml_is_read_as_arguments(modules: str):
+    """``--key: value`` lines under MODEL_ARGS, a list on one line or on several; true is a flag alone."""
     pairs = [(f"  --{name}", " ".join(own) or "true") for name, own in flags(MIXTRAL.split())]
     text = "BEFORE: |\n  pip list || true\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
-    text += '\n  --recompute-granularity: selective\n  --recompute-modules: "[core_attn, mlp]"'
+    text += f"\n  --recompute-granularity: selective\n  --recompute-modules:{modules}"
     text += '\n  --fp16: false\nMETRICS:\n  - "lm loss"\n'
     found = from_megatron(text, "h100:8x8")
     assert found.plan == imported("--recompute-activations").plan
