@@ -10,7 +10,8 @@ from picotron.errors import PlanError
 from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.topology import Topology
 from picotron.planner.training_plan import TrainingPlan
-from picotron.planner.validators import shown
+from picotron.planner.validators import is_size, shown
+from picotron.planner.workload import Workload
 
 FEWEST_STEPS = 100  # that are trained, where neither the plan nor the caller says how many
 
@@ -55,6 +56,18 @@ def other_software(plan: TrainingPlan, software: SoftwareProfile) -> Iterator[No
             f"kernels and overlaps are asked for as the profile {software.name} has them; "
             f"the plan is priced with {own.name}"
         )
+
+
+def trained_steps(work: Workload, asked: int | None) -> int:
+    """How many steps are trained: as asked, else all over which the learning rate changes.
+
+    Raises PlanError for what is no number of steps.
+    """
+    if asked is None:
+        return max(work.decay_steps, work.warmup_steps + 1, FEWEST_STEPS)
+    if not is_size(asked):
+        raise PlanError(f"steps must be a whole number of at least 1, got {shown(asked)}")
+    return asked
 
 
 def same_order(topology: Topology, order: tuple[str, ...]) -> bool:

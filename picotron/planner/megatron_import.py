@@ -33,7 +33,7 @@ from picotron.planner.megatron_software import PROFILE, flagged, read_software
 from picotron.planner.megatron_text import WrittenArguments, flags, read_arguments
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.software import SoftwareProfile, software_profile
-from picotron.planner.validators import shown
+from picotron.planner.validators import is_size, shown
 
 LAUNCHER = {
     "nproc_per_node": "devices",
@@ -78,6 +78,10 @@ def from_megatron(
     (or what a script of ``to_megatron`` names), while a ``ClusterSpec`` and a file keep the profile that they
     have. Raises PlanError for arguments that contradict each other, cannot be read, or that no plan can say.
     """
+    if vocab_size is not None and not is_size(vocab_size):
+        raise PlanError(f"vocab_size must be a whole number of at least 1, got {shown(vocab_size)}")
+    if variables is not None and not isinstance(variables, Mapping):
+        raise PlanError(f"variables must be a mapping of names to texts, got {shown(variables)}")
     written = _written(source, variables)
     read = given(flags((*written.words,)))
     for note in written.notes:
@@ -170,7 +174,7 @@ def _written(
         return WrittenArguments(words=source.words)
     if isinstance(source, str):
         return read_arguments(source, variables)
-    words = tuple(source)
+    words = tuple(source) if isinstance(source, list | tuple) else (source,)
     if not all(isinstance(word, str) for word in words):
         raise PlanError(f"arguments must be a text or a sequence of words, got {shown(source)}")
     if not any(word.startswith("--") for word in words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from picotron.planner.exported import FEWEST_STEPS, Note, Unexpressed
+from picotron.planner.exported import Note, Unexpressed, trained_steps
 from picotron.planner.megatron_write_layout import Part
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
@@ -49,10 +49,10 @@ def optimizer_of(work: Workload, steps: int | None) -> Iterator[Part]:
     yield "--clip-grad", repr(work.max_grad_norm)
     if work.seed:
         yield "--seed", str(work.seed)
-    least = max(work.decay_steps, work.warmup_steps + 1, FEWEST_STEPS)
-    yield "--train-iters", str(least if steps is None else steps)
+    count = trained_steps(work, steps)
+    yield "--train-iters", str(count)
     if steps is None:
-        yield Note(f"a plan does not say how many steps are trained: --train-iters {least} stands in")
+        yield Note(f"a plan does not say how many steps are trained: --train-iters {count} stands in")
     yield "--lr-decay-style", "cosine" if work.decay_steps else "constant"
     if work.decay_steps:
         yield "--lr-decay-iters", str(work.decay_steps)

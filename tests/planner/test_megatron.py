@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
 
 import pytest
@@ -17,6 +18,7 @@ from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.serialize import diff
 from picotron.planner.software import software_profile
+from picotron.planner.torchtitan import to_torchtitan
 from picotron.planner.workload import Workload
 
 
@@ -215,11 +217,12 @@ def test_flags_that_its_own_checks_refuse_together_are_not_written():
     assert "NVTE_CPU_OFFLOAD_V1=1" in to_megatron(made(offload=True)).environment
 
 
-def test_yaml_is_read_as_arguments():
-    """``--key: value`` lines under MODEL_ARGS; true is a flag alone."""
+@pytest.mark.parametrize("modules", [' "[core_attn, mlp]"', "\n    - core_attn\n    - mlp"])
+def test_yaml_is_read_as_arguments(modules: str):
+    """``--key: value`` lines under MODEL_ARGS, a list on one line or on several; true is a flag alone."""
     pairs = [(f"  --{name}", " ".join(own) or "true") for name, own in flags(MIXTRAL.split())]
     text = "BEFORE: |\n  pip list || true\nMODEL_ARGS:\n" + "\n".join(f"{k}: {v}" for k, v in pairs)
-    text += '\n  --recompute-granularity: selective\n  --recompute-modules: "[core_attn, mlp]"'
+    text += f"\n  --recompute-granularity: selective\n  --recompute-modules:{modules}"
     text += '\n  --fp16: false\nMETRICS:\n  - "lm loss"\n'
     found = from_megatron(text, "h100:8x8")
     assert found.plan == imported("--recompute-activations").plan
@@ -293,6 +296,30 @@ def test_what_contradicts_itself_is_refused(more: str, words: str):
     with pytest.raises(PlanError) as refusal:
         imported(more)
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"source": None}, "arguments must be a text or a sequence of words"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": "x"}, "vocab_size must be a whole number of at least 1, got 'x'"),
+        ({"variables": ["N=1"]}, "variables must be a mapping of names to texts"),
+        ({"profile": 3}, "profile must be a SoftwareProfile or its name, got 3"),
+    ],
+)
+def test_requests_that_cannot_be_read_are_refused(asked: dict[str, object], words: str):
+    """By the name of what is wrong."""
+    with pytest.raises(PlanError) as refusal:
+        from_megatron(**{"source": MIXTRAL, "cluster": "h100:8x8", **asked})
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("export", [to_megatron, to_torchtitan])
+def test_steps_are_a_whole_number(export: Callable[..., object]):
+    """At least one, for either framework."""
+    with pytest.raises(PlanError, match="steps must be a whole number of at least 1, got 0"):
+        export(made(), steps=0)
 
 
 def test_flags_of_one_s_own_are_named():
