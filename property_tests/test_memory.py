@@ -13,8 +13,9 @@ from picotron.planner.cost import of_kind
 from picotron.planner.layout import counts_in_norm
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.predict import alike, predict
+from picotron.planner.predict import predict
 from picotron.planner.program import COMPUTE, Kind, Row, rows
+from picotron.planner.rank_bytes import alike
 from picotron.planner.topology import coordinate
 from property_tests.strategies import DENSE, SPARSE, one_stage_a_rank, plans
 

@@ -40,8 +40,9 @@ from picotron.planner.grid import (
 from picotron.planner.interval import Interval
 from picotron.planner.memory import MemoryTimeline, memory_timeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.predict import MOST_NAMED, Prediction, predict
+from picotron.planner.predict import Prediction, predict
 from picotron.planner.program import Row, rows
+from picotron.planner.rank_bytes import MOST_NAMED
 from picotron.planner.timeline import Timeline
 from picotron.planner.topology import Coordinate, Topology, rank_of
 

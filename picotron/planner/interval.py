@@ -75,7 +75,7 @@ def known_interval(cluster: ClusterSpec, *, experts: bool = False) -> Interval |
     return Interval(
         half=float(row[QUANTILE]),
         most=float(row[WIDER]),
-        source=f"held-out error of {row['rows']:.0f} published {what} on {among}",
+        source=f"held-out error of closed forms on {row['rows']:.0f} published {what} on {among}",
     )
 
 

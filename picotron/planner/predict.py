@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import Category, collective_bytes
 from picotron.planner.causes import runs, step_causes
-from picotron.planner.chart import rank_ranges
-from picotron.planner.classes import RankClasses, axis_indices
+from picotron.planner.classes import RankClasses
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.flops import AttentionCount, backward_flops, forward_flops
 from picotron.planner.interval import Interval, known_interval
-from picotron.planner.layout import even_range
-from picotron.planner.memory import MemoryTimeline, memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, payload_bytes
-from picotron.planner.reserved import beside_tensors
+from picotron.planner.program import COMPUTE
+from picotron.planner.rank_bytes import bytes_by_rank, misfits
+from picotron.planner.rank_bytes import planned_payloads as planned_payloads
 from picotron.planner.schedule_times import bubble_fraction, idle_seconds, schedule_times
 from picotron.planner.simulate import Durations, durations, pipeline_timeline, priced_step, slices
 from picotron.planner.timeline import Timeline, pipeline_costs
-from picotron.planner.topology import Coordinate, coordinate
 
 SECONDS_PER_DAY = 86_400
-MOST_NAMED = 6  # stages of a rank that are named one by one
-_STANDING: tuple[Category, ...] = ("parameters", "gradients", "optimizer")
 
 
 @frozen(kw_only=True)
@@ -119,10 +113,9 @@ def predict(plan: TrainingPlan) -> Prediction:
     tokens = plan.workload.global_batch * plan.workload.seq_len
     costs = pipeline_costs(seconds[0].stages)
     spans = schedule_times(plan.schedule, costs)
-    memory, fragmentation = _memory_by_rank(plan)
-    framework = beside_tensors(plan).framework_bytes
-    reserved = [own.max_bytes + framework + lost for own, lost in zip(memory, fragmentation, strict=True)]
-    fullest = max(range(len(memory)), key=reserved.__getitem__)
+    held = bytes_by_rank(plan)
+    reserved = tuple(own.reserved_bytes for own in held)
+    fullest = max(range(len(held)), key=reserved.__getitem__)
     peak = peak_flops_per_second(plan.cluster.device, plan.format.product) * plan.cluster.num_devices
     return Prediction(
         plan=plan,
@@ -139,15 +132,15 @@ def predict(plan: TrainingPlan) -> Prediction:
         - _seconds_without_communication(plan, seconds, step.classes),
         compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
         seconds_by_cause=step_causes(plan, step, seconds),
-        memory_by_rank=tuple(timeline.max_bytes for timeline in memory),
-        reserved_by_rank=tuple(reserved),
-        peak_memory_bytes=memory[fullest].max_bytes,
+        memory_by_rank=tuple(own.peak_bytes for own in held),
+        reserved_by_rank=reserved,
+        peak_memory_bytes=held[fullest].peak_bytes,
         peak_memory_rank=fullest,
-        memory_by_category=memory[fullest].peak_by_category,
-        framework_bytes=framework,
-        fragmentation_bytes=fragmentation[fullest],
+        memory_by_category=held[fullest].tensors.peak_by_category,
+        framework_bytes=held[fullest].framework_bytes,
+        fragmentation_bytes=held[fullest].fragmentation_bytes,
         capacity_bytes=plan.cluster.device.memory_bytes,
-        misfits=_misfits(plan, memory, reserved),
+        misfits=misfits(plan, held),
         payload_bytes_by_rank=planned_payloads(plan),
         timeline=pipeline_timeline(step),
     )
@@ -192,86 +185,3 @@ def _without_communication(seconds: Durations) -> Durations:
     stages = [evolve(stage, **phases(stage)) for stage in seconds.stages]
     reductions = dict.fromkeys(seconds.reduce_seconds, 0.0)
     return Durations(stages=tuple(stages), send_seconds=0.0, reduce_seconds=reductions)
-
-
-def _memory_by_rank(plan: TrainingPlan) -> tuple[list[MemoryTimeline], list[int]]:
-    """A timeline of each rank and the bytes of its fragmentation, shared by ranks of equal stages and slices.
-
-    Among those, the gradient norm's scratch differs by a few bytes for each tensor; no other moment does.
-    """
-    keys, beside = alike(plan), beside_tensors(plan)
-    timelines, lost = {}, {}
-    for key, rank in _firsts(keys).items():
-        timelines[key] = own = memory_timeline(plan, rank)
-        standing = static_bytes(plan, coordinate(plan.topology, rank))
-        moving = own.max_bytes - sum(standing[name] for name in _STANDING)
-        lost[key] = beside.fragmentation_bytes(moving)
-    return [timelines[key] for key in keys], [lost[key] for key in keys]
-
-
-def _misfits(
-    plan: TrainingPlan, memory: Sequence[MemoryTimeline], reserved: Sequence[int]
-) -> tuple[str, ...]:
-    """One line for each pipeline rank that exceeds the device: by how much, and what takes most."""
-    capacity = plan.cluster.device.memory_bytes
-    lines: dict[int, str] = {}
-    for pp, timeline, whole in zip(axis_indices(plan.topology)["pp"], memory, reserved, strict=True):
-        if whole > capacity and pp not in lines:
-            name, size = max(timeline.peak_by_category, key=lambda item: item[1])
-            apart = whole - timeline.max_bytes
-            beside = f", framework and fragmentation {apart / 2**30:.2f} GiB" if apart else ""
-            stages = plan.rank_stages(pp)
-            names = ", ".join(map(str, stages)) if len(stages) <= MOST_NAMED else rank_ranges(stages)
-            held = "stage" + "s" * (len(stages) > 1) + f" {names}"
-            lines[pp] = (
-                f"{held} need{'s' * (len(stages) == 1)} "
-                f"{whole / 2**30:.2f} GiB of {capacity / 2**30:.2f}: "
-                f"{(whole - capacity) / 2**30:.2f} too much, "
-                f"most of it {name} ({size / 2**30:.2f} GiB){beside}"
-            )
-    return tuple(lines.values())
-
-
-def planned_payloads(plan: TrainingPlan) -> tuple[tuple[tuple[str, str, int], ...], ...]:
-    """For each rank, (kind, group, bytes) that it hands over in one step, in sorted order."""
-    keys = alike(plan)
-    found = {key: _payload(plan, coordinate(plan.topology, rank)) for key, rank in _firsts(keys).items()}
-    return tuple(found[key] for key in keys)
-
-
-def alike(plan: TrainingPlan) -> list[tuple[int, int, int]]:
-    """For each rank, what it shares with the ranks that hold and do as much.
-
-    Its stages, its slice of the vocabulary where slices differ, and how many experts of a layer it holds.
-    """
-    topology, experts = plan.topology, plan.model.experts
-    indices = axis_indices(topology)
-    even = plan.model.vocab_size % topology.tp == 0
-    ranges = [
-        even_range(experts.num_experts, topology.ep, ep) if experts else (0, 0) for ep in range(topology.ep)
-    ]
-    held = [stop - start for start, stop in ranges]
-    return [
-        (pp, 0 if even else tp, held[ep])
-        for pp, tp, ep in zip(indices["pp"], indices["tp"], indices["ep"], strict=True)
-    ]
-
-
-def _firsts(keys: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], int]:
-    """The first rank that has each key."""
-    found: dict[tuple[int, int, int], int] = {}
-    for rank, key in enumerate(keys):
-        found.setdefault(key, rank)
-    return found
-
-
-def _payload(plan: TrainingPlan, where: Coordinate) -> tuple[tuple[str, str, int], ...]:
-    program = plan.program(where.tp)
-    totals = payload_bytes(program, where.pp)
-    counts = runs(program, where.pp)
-    for stage in plan.rank_stages(where.pp):
-        bodies = plan.bodies(stage, where.tp)
-        for kind in COMPUTE:
-            for key, size in collective_bytes(of_kind(bodies, kind)).items():
-                totals[key] = totals.get(key, 0) + size * counts[stage, kind]
-    return tuple(sorted((kind, group, size) for (kind, group), size in totals.items()))

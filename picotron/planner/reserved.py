@@ -22,8 +22,8 @@ from picotron.planner.side_bytes import fragmentation_share, framework, library_
 class Beside:
     """Bytes of the framework, and the share of bytes that come and go which fragmentation wastes."""
 
-    framework_bytes: int = 0
-    fragmentation_share: float = 0.0
+    framework_bytes: int
+    fragmentation_share: float
 
     def fragmentation_bytes(self, moving_bytes: int) -> int:
         """Of ``moving_bytes`` at the highest moment that do not stand all the time."""
@@ -32,8 +32,6 @@ class Beside:
 
 def beside_tensors(plan: TrainingPlan) -> Beside:
     """What the devices of ``plan`` hold beside its tensors."""
-    if plan.cluster.device.kind == "cpu":
-        return Beside()
     cases = cases_of_plan(plan)
     full = plan.recompute.count("full") / len(plan.recompute)
     layout = evolve(

@@ -99,11 +99,14 @@ def _pending(cases: Cases, layers: RankLayers) -> Column:
 
 
 def fragmentation_share(cases: Cases) -> Column:
-    """Of the bytes that come and go: less where every layer is recomputed, as what stands is of one size."""
+    """Of the bytes that come and go: less where every layer is recomputed, as what stands is of one size.
+
+    A CPU's memory is the system's, which maps pages: nothing.
+    """
     layout, constants = cases.layout, memory_constants()
     recomputed = np.where(layout.recompute == RECOMPUTES.index("full"), layout.recompute_layers, 0.0)
     mixed, uniform = constants.fragmentation_share, constants.recomputed_fragmentation_share
-    share: Column = mixed + (uniform - mixed) * recomputed
+    share: Column = _on_accelerator(cases) * (mixed + (uniform - mixed) * recomputed)
     return share
 
 
@@ -112,7 +115,11 @@ def framework(cases: Cases) -> Column:
     layout, constants = cases.layout, memory_constants()
     degrees = (layout.dp, layout.pp, layout.cp, layout.tp, layout.ep)
     groups = 1 + sum(degree > 1 for degree in degrees)
-    present = _architecture(cases) != ARCHITECTURES.index("cpu")
     context = constants.context_bytes[_architecture(cases)]
-    framework: Column = context + present * groups * constants.communicator_bytes
+    framework: Column = context + _on_accelerator(cases) * groups * constants.communicator_bytes
     return framework
+
+
+def _on_accelerator(cases: Cases) -> Column:
+    present: Column = _architecture(cases) != ARCHITECTURES.index("cpu")
+    return present

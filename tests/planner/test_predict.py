@@ -13,8 +13,9 @@ from picotron.planner.cost import stage_cost
 from picotron.planner.memory import memory_timeline
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
-from picotron.planner.predict import alike, model_flops, planned_payloads, predict
+from picotron.planner.predict import model_flops, planned_payloads, predict
 from picotron.planner.program import Kind
+from picotron.planner.rank_bytes import alike
 from picotron.planner.workload import Workload
 
 LLAMA: dict[str, Any] = {
