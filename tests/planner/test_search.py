@@ -258,7 +258,7 @@ def test_other_things_than_specs_are_refused():
 def test_a_model_that_fits_nowhere_says_what_would_do():
     """The nearest layout, how much too much it holds, and how many devices the search succeeds on."""
     message = refused("llama-3.1-70b", "h100:1x4", batch=64)
-    assert "fits nowhere on h100:1x4: the nearest layout, tp=4" in message
+    assert "fits nowhere on h100:1x4: the nearest layout, tp=" in message
     assert "recompute=full" in message
     enough = int(message.split(" such devices would do")[0].rpartition(" ")[2])
     work = Workload(global_batch=64, seq_len=1024)
