@@ -59,10 +59,11 @@ def data_seconds(
     each = np.where(layout.zero_stage >= 2, beside.microbatches, 1.0)
 
     gradient = dense * work.wire_bytes
-    reduce_shard = _in_buckets(cases, link, gradient, shard)
+    unit = np.where(fully, counts.layer, 0.0)  # what is sharded fully comes and goes a layer at a time
+    reduce_shard = _in_buckets(cases, link, gradient, shard, unit * work.wire_bytes)
     reduce_copies = all_reduce_seconds(link, gradient / shard.size, copies)
     reduce_experts = all_reduce_seconds(link, experts * work.wire_bytes, own)
-    gather = _in_buckets(cases, link, dense * work.compute_bytes, shard)
+    gather = _in_buckets(cases, link, dense * work.compute_bytes, shard, unit * work.compute_bytes)
     gather_experts = np.where(fully, ring_seconds(link, experts * work.compute_bytes, own), 0.0)
     gather = gather + gather_experts
 
@@ -109,9 +110,12 @@ def _exposed(constants: Constants, seconds: Column, beside: Column, overlaps: Co
     return left
 
 
-def _in_buckets(cases: Cases, link: Links, payload_bytes: Column, where: Group) -> Column:
-    """One half of an all-reduce, in as many messages as there are buckets."""
-    extra = np.maximum(payload_bytes / cases.software.bucket_bytes - 1.0, 0.0)
+def _in_buckets(
+    cases: Cases, link: Links, payload_bytes: Column, where: Group, unit_bytes: Column
+) -> Column:
+    """One half of an all-reduce, in as many messages as there are buckets, none smaller than a unit."""
+    bucket = np.maximum(cases.software.bucket_bytes, unit_bytes)
+    extra = np.maximum(payload_bytes / bucket - 1.0, 0.0)
     one = ring_seconds(link, payload_bytes, where)
     again = ring_seconds(link, np.minimum(payload_bytes, 1.0), where)
     together: Column = one + extra * again
