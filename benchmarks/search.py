@@ -24,7 +24,7 @@ from typing import Any
 
 from attrs import asdict, evolve, frozen
 
-from picotron.planner.candidates import in_words, rows_of
+from picotron.planner.candidates import Plans, in_words, rows_of
 from picotron.planner.cases import RECOMPUTES, SCHEDULE_NAMES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
@@ -82,9 +82,14 @@ class Beside:
     calculon_best: str
     our_best_by_calculon: float
     calculon_best_by_calculon: float
-    agreed: str  # of the plans that our prediction cannot tell from our best, the one that Calculon prefers
+    ties: int  # plans that our prediction cannot tell from our best, and that Calculon can express
+    agreed: str  # of those, the one that Calculon prefers
     agreed_by_calculon: float
     agreed_by_ours: float
+    front: int  # plans of our Pareto front that Calculon can express
+    on_front: str  # of those, the one that Calculon prefers
+    on_front_by_calculon: float
+    on_front_by_ours: float
     our_best_by_ours: float
     calculon_best_by_ours: float
 
@@ -272,10 +277,34 @@ def sampled(calculon: Calculon, count: int, seed: int) -> tuple[float, dict[str,
     return calculon.best(picked)
 
 
-def expressible(calculon: Calculon, result: SearchResult, among: int) -> list[Mapping[str, float]]:
-    """Those of our first plans whose stages Calculon can cut: it takes equal ones alone."""
-    rows = [result.fastest.row(index) for index in range(min(among, len(result)))]
+def expressible(calculon: Calculon, plans: Plans) -> list[Mapping[str, float]]:
+    """Those plans whose stages Calculon can cut: it takes equal ones alone."""
+    rows = [plans.row(index) for index in range(len(plans))]
     return [row for row in rows if calculon.app.num_blocks % (row["pp"] * row["virtual_stages"]) == 0]
+
+
+def preferred(calculon: Calculon, rows: list[Mapping[str, float]]) -> tuple[float, Mapping[str, float]]:
+    """Calculon's favourite of some plans, with the details that suit each, and its seconds."""
+    seconds = [calculon.best(calculon.details(as_layout(row), quickest=False))[0] for row in rows]
+    index = min(range(len(rows)), key=lambda index: (seconds[index], index))
+    return seconds[index], rows[index]
+
+
+def verdict(both: Beside) -> list[str]:
+    """In words, whether what we found is as good by Calculon's estimate, and by ours."""
+    best = both.calculon_best_by_calculon
+    lines = []
+    for whose, seconds in (
+        ("our single best", both.our_best_by_calculon),
+        (f"the best of our {both.ties} ties", both.agreed_by_calculon),
+        (f"the best of our front of {both.front}", both.on_front_by_calculon),
+    ):
+        met = "at least as good as" if seconds <= best else f"missed, {seconds / best - 1:.1%} slower than"
+        lines.append(f"by Calculon's estimate {whose} is {met} its own best: {seconds:.3f} and {best:.3f} s")
+    ours, theirs = both.our_best_by_ours, both.calculon_best_by_ours
+    met = "at least as good as" if ours <= theirs else "missed, slower than"
+    lines.append(f"by our estimate our single best is {met} Calculon's best: {ours:.3f} and {theirs:.3f} s")
+    return lines
 
 
 def beside(path: Path, *, rounds: int, sample: int, sweep: bool, seed: int) -> Beside:
@@ -308,10 +337,9 @@ def beside(path: Path, *, rounds: int, sample: int, sweep: bool, seed: int) -> B
     best = min(
         best, calculon.best(calculon.details(_layout_of(best[1]), quickest=False)), key=lambda pair: pair[0]
     )
-    rows = expressible(calculon, ours, len(ours))
-    ties = expressible(calculon, ours, len(ours.ties))
-    by_calculon = [calculon.best(calculon.details(as_layout(row), quickest=False))[0] for row in ties]
-    agreed = min(range(len(ties)), key=lambda index: (by_calculon[index], index))
+    first = expressible(calculon, ours.fastest)[:1]
+    ties, front = expressible(calculon, ours.ties) or first, expressible(calculon, ours.pareto) or first
+    single, agreed, on_front = (preferred(calculon, rows) for rows in (first, ties, front))
 
     def by_ours(row: Mapping[str, float]) -> float:
         return float(ours.prices.seconds(rows_of([row])).step_seconds[0])
@@ -324,14 +352,19 @@ def beside(path: Path, *, rounds: int, sample: int, sweep: bool, seed: int) -> B
         calculon_rate=rate,
         times_faster=covered / seconds / rate,
         calculon_evaluated=calculon.evaluated,
-        our_best=in_words(rows[0]),
+        our_best=in_words(single[1]),
         calculon_best=in_words(as_row(best[1])),
-        our_best_by_calculon=by_calculon[0],
+        our_best_by_calculon=single[0],
         calculon_best_by_calculon=best[0],
-        agreed=in_words(ties[agreed]),
-        agreed_by_calculon=by_calculon[agreed],
-        agreed_by_ours=by_ours(ties[agreed]),
-        our_best_by_ours=by_ours(rows[0]),
+        ties=len(ties),
+        agreed=in_words(agreed[1]),
+        agreed_by_calculon=agreed[0],
+        agreed_by_ours=by_ours(agreed[1]),
+        front=len(front),
+        on_front=in_words(on_front[1]),
+        on_front_by_calculon=on_front[0],
+        on_front_by_ours=by_ours(on_front[1]),
+        our_best_by_ours=by_ours(single[1]),
         calculon_best_by_ours=by_ours(as_row(best[1])),
     )
 
@@ -386,8 +419,10 @@ def main() -> None:
                 both.calculon_best_by_ours,
             ),
             ("of our ties", both.agreed, both.agreed_by_calculon, both.agreed_by_ours),
+            ("of our front", both.on_front, both.on_front_by_calculon, both.on_front_by_ours),
         ):
             print(f"{whose}: {theirs:.3f} s by Calculon, {own:.3f} s by ours: {plan}")
+        print("\n".join(verdict(both)))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

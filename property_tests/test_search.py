@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ from picotron.planner.space import (
     taken,
     with_bodies,
 )
-from picotron.planner.walk import covered
+from picotron.planner.walk import FEW_LEAVES, covered
 from picotron.planner.workload import Workload
 from property_tests.strategies_search import MODELS, Request, named_layouts, requests
 
@@ -76,14 +77,20 @@ def listed(kept: Kept) -> list[list[tuple[float, ...]]]:
     st.sampled_from([1, 7]),
     st.sampled_from([1.2, 3.0, 1e9]),
     st.sampled_from([1.0, 0.25, 1e3]),
+    st.sampled_from([0, FEW_LEAVES]),
 )
-def test_bounds_cut_nothing_that_is_kept(request, keep, reach, share):
-    """With bounds a search finds what it finds when it evaluates every candidate, to the last choice."""
+def test_bounds_cut_nothing_that_is_kept(request, keep, reach, share, few):
+    """With bounds a search finds what it finds when it evaluates every candidate, to the last choice.
+
+    Whether it looks for promising ones first, or not.
+    """
     space = request.space()
     every_candidate(space)
     limit = int(request.cluster.device.memory_bytes * share)
     wanted = Wanted(limit_bytes=limit, keep=keep, reach=reach)
-    quick, counts = searched(request, wanted, bounded=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picotron.planner.walk.FEW_LEAVES", few)
+        quick, counts = searched(request, wanted, bounded=True)
     slow, every = searched(request, wanted, bounded=False)
     assert listed(quick) == listed(slow)
     assert counts.covered == counts.candidates == every.candidates == every.evaluated

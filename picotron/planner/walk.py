@@ -33,6 +33,8 @@ from picotron.planner.space import (
 )
 
 BLOCK_ROWS = 100_000  # of columns made at once
+FEW_LEAVES = 10_000  # are bounded sooner than promising ones are found
+SCHEDULED_CELLS = 6_000  # those of least bounds, of which the most promising are found
 PROBED_CELLS = 64  # the most promising, looked at first
 PROBED_SIZES = 10  # parts of the front, and cells looked at of each
 
@@ -136,7 +138,8 @@ class _Walk:
             found = body_seconds(self.priced, taken(self.bodies, part), some)
             self.floor[part] = np.where(fits[part], found, np.inf)
         if self.bounded:
-            self._probe(left, fits)
+            if self.tally.candidates > FEW_LEAVES * len(self.modes):
+                self._probe(left, fits)
             matters = fits & self.kept.may_matter(self.floor, self.standing)
             self.tally.cut_by_time += int(counted[fits & ~matters].sum())
             fits = matters
@@ -190,13 +193,14 @@ class _Walk:
         self._look(np.concatenate(some), fits)
 
     def _scheduled(self, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each cell the body with the least bound and what it promises, the fastest first.
+        """Of the cells of least bounds the bodies that have them and what they promise, the fastest first.
 
         It is scheduled with as many stages a rank as can be.
         """
         least = self.floor[left].min(axis=1)
         order = np.lexsort((least, self.cell[left]))
         first = order[np.diff(self.cell[left][order], prepend=-1) != 0]
+        first = first[np.argsort(least[first], kind="stable")[:SCHEDULED_CELLS]]
         bodies, least = left[first], least[first]
         seconds = np.full(len(bodies), np.inf)
         for pp, table in self.tables.items():

@@ -14,6 +14,7 @@ from picotron.planner.candidates import (
     named_choices,
     plan_of,
     representative,
+    row_of,
     row_of_plan,
     stage_layers,
 )
@@ -22,13 +23,17 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.columns_of import cases_of_plan
 from picotron.planner.estimate import estimate_seconds
 from picotron.planner.interval import relative_interval
+from picotron.planner.kept import Wanted
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import plan
 from picotron.planner.predict import predict
+from picotron.planner.priced import prices
 from picotron.planner.refine import cut_in_words
 from picotron.planner.search import search
 from picotron.planner.search_result import SearchResult
+from picotron.planner.software import software_columns
 from picotron.planner.space import make_space
+from picotron.planner.walk import covered
 from picotron.planner.workload import Workload
 
 MODEL = ModelSpec.from_hf("llama-3.1-8b")
@@ -193,6 +198,20 @@ def test_a_better_cut_is_found_layer_by_layer():
     assert kept.plan == found[0]
     assert kept.gain == 0
     assert "no cut found" in str(kept)
+
+
+@pytest.mark.parametrize(("gib", "few"), [(80, 0), (32, 10_000), (24, 0), (12, 10_000)])
+def test_short_memory_hides_nothing_from_the_bounds(monkeypatch, gib, few):
+    """The plans of a whole search are those of one that evaluates every candidate."""
+    monkeypatch.setattr("picotron.planner.walk.FEW_LEAVES", few)
+    space = make_space(MODEL, NODE, WORK, schedule=("1f1b", "zb-v", "interleaved"), micro_batch=1)
+    priced = prices(space, software_columns(NODE.profile, NODE.device.architecture))
+    wanted = Wanted(limit_bytes=gib * 2**30, keep=20, reach=9.0)
+    (quick, counts), (slow, every) = (covered(space, priced, wanted, bounded=b) for b in (True, False))
+    assert counts.evaluated < every.evaluated == counts.candidates
+    for which in ("fastest", "front"):
+        one, other = ([row_of(kept.rows, i) for i in getattr(kept, which)()] for kept in (quick, slow))
+        assert one == other
 
 
 @pytest.mark.parametrize(
