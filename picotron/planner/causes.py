@@ -63,7 +63,7 @@ def step_causes(plan: TrainingPlan, step: SimulatedStep, seconds: Mapping[int, D
     found["schedule"] += _beyond_rounding(spent - computed, spent)
     for cause, value in waits.items():
         found[cause] += value
-    return _summing_to(step.step_seconds, {cause: found[cause] for cause in CAUSES})
+    return summing_to(step.step_seconds, {cause: found[cause] for cause in CAUSES})
 
 
 def _beyond_rounding(value: float, whole: float) -> float:
@@ -191,7 +191,7 @@ def _waits(step: SimulatedStep, number: int, own: Sequence[Row]) -> tuple[Parts,
     return found, spent
 
 
-def _summing_to(whole: float, found: Mapping[str, float]) -> Seconds:
+def summing_to(whole: float, found: Mapping[str, float]) -> Seconds:
     """The parts with their rounding in one of the last of them: added up in order they are ``whole``."""
     parts = dict(found)
     rest = whole - sum(parts.values())

@@ -19,6 +19,7 @@ from picotron.planner.constants import Constants, default_constants
 from picotron.planner.kernels import device_rates
 from picotron.planner.layer_times import LayerTimes, layer_times
 from picotron.planner.network import links
+from picotron.planner.offload_times import offload_seconds
 from picotron.planner.parameter_counts import parameter_counts
 from picotron.planner.pipeline_times import (
     StageLayers,
@@ -121,7 +122,7 @@ def estimate_seconds(
         "pipeline_transfer": transfer,
         "data": data + waiting,
         "optimizer": update + table["step_seconds"] + cases.machine.step_seconds,
-        "offload": _offload_seconds(cases, microbatches, held.middle, busy),
+        "offload": offload_seconds(cases, microbatches, held.middle, beside.forward, beside.backward, weight),
     }
     shape = np.broadcast_shapes((len(cases),), *(np.shape(value) for value in causes.values()))
     causes = {cause: np.broadcast_to(causes[cause], shape) for cause in CAUSES}
@@ -234,18 +235,3 @@ def pass_seconds(cases: Cases, constants: Constants, stage: Block) -> tuple[Colu
 def _weight_seconds(stage: Block) -> Column:
     """The weight gradients' products: half of the backward's."""
     return stage.backward["matmul"] / 2.0
-
-
-def _offload_seconds(cases: Cases, microbatches: Column, layers: Column, busy: Column) -> Column:
-    """What saved activations on their way to host memory and back take beyond the computing beside them."""
-    layout, model = cases.layout, cases.model
-    if not np.any(layout.offload > 0):
-        return np.zeros(())
-    tokens = layout.micro_batch * cases.work.seq_len / layout.cp / layout.tp
-    width = 8.0 * model.hidden + 3.0 * np.where(
-        model.moe_layers > 0, model.top_k * model.expert_intermediate, model.intermediate
-    )
-    moved = layout.offload * tokens * width * cases.work.compute_bytes * layers
-    one = moved / cases.machine.host_bytes_per_second
-    left: Column = microbatches * np.maximum(2.0 * one - busy, 0.0)
-    return left

@@ -9,7 +9,8 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.causes import runs, step_causes
+from picotron.planner.beyond import beyond_program
+from picotron.planner.causes import runs, step_causes, summing_to
 from picotron.planner.classes import RankClasses
 from picotron.planner.cluster import peak_flops_per_second
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
@@ -37,6 +38,9 @@ class Prediction:
     ``payload_bytes_by_rank`` counts what each rank hands over in a step, by (kind, group).
     ``interval`` is how far known runs were off, None where none are known. ``seconds_by_cause`` sum to the
     step (``causes``).
+
+    On accelerators ``step_seconds`` is longer than the ``timeline``: by what no row of the program has
+    (``beyond``), such as computing slowed by transfers beside it.
 
     ``memory_by_rank`` are the tensors of each rank at its highest moment. A device also holds what its
     framework takes and what fragmentation wastes, both nothing on a CPU: ``reserved_by_rank`` is all of it,
@@ -109,7 +113,9 @@ def predict(plan: TrainingPlan) -> Prediction:
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     seconds = {index: durations(plan, index) for index in set(slices(plan))}
     step = priced_step(plan, (), seconds)
-    step_seconds = step.step_seconds
+    causes = dict(step_causes(plan, step, seconds))
+    beyond = beyond_program(plan, causes)
+    step_seconds = step.step_seconds + sum(beyond.values())
     tokens = plan.workload.global_batch * plan.workload.seq_len
     costs = pipeline_costs(seconds[0].stages)
     spans = schedule_times(plan.schedule, costs)
@@ -128,10 +134,13 @@ def predict(plan: TrainingPlan) -> Prediction:
         hfu=_executed_flops(plan) / step_seconds / peak,
         bubble_seconds=idle_seconds(plan.schedule, costs, spans),
         bubble_fraction=bubble_fraction(plan.schedule, costs, spans),
-        exposed_communication_seconds=step_seconds
+        exposed_communication_seconds=step.step_seconds
+        + beyond.get("data", 0.0)
         - _seconds_without_communication(plan, seconds, step.classes),
         compute_seconds_by_rank=tuple(step.compute_seconds[number] for number in step.classes.of_rank),
-        seconds_by_cause=step_causes(plan, step, seconds),
+        seconds_by_cause=summing_to(
+            step_seconds, {cause: value + beyond.get(cause, 0.0) for cause, value in causes.items()}
+        ),
         memory_by_rank=tuple(own.peak_bytes for own in held),
         reserved_by_rank=reserved,
         peak_memory_bytes=held[fullest].peak_bytes,

@@ -110,9 +110,7 @@ def _exposed(constants: Constants, seconds: Column, beside: Column, overlaps: Co
     return left
 
 
-def _in_buckets(
-    cases: Cases, link: Links, payload_bytes: Column, where: Group, unit_bytes: Column
-) -> Column:
+def _in_buckets(cases: Cases, link: Links, payload_bytes: Column, where: Group, unit_bytes: Column) -> Column:
     """One half of an all-reduce, in as many messages as there are buckets, none smaller than a unit."""
     bucket = np.maximum(cases.software.bucket_bytes, unit_bytes)
     extra = np.maximum(payload_bytes / bucket - 1.0, 0.0)
