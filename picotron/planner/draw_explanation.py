@@ -55,6 +55,9 @@ def draw_explanation(one: Explanation, *, width: int = WIDTH, colour: bool = Fal
         f"where {human_bytes(one.peak_bytes)} go, on the fullest rank: pipeline rank {one.rank}",
         *_bars(one.bytes, _whole_bytes, colour=colour),
     ]
+    if one.worst_dispatch_bytes:
+        more = human_bytes(one.worst_dispatch_bytes)
+        lines.append(f"  experts are balanced; with every token for one rank's, {more} more")
     if one.changes:
         words = "save time" if one.margin_bytes >= 0 else "make it fit"
         lines += [

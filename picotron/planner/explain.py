@@ -28,6 +28,7 @@ from picotron.planner.software import SoftwareProfile, software_profile
 from picotron.planner.topology import coordinate
 from picotron.planner.validators import is_between, is_count, shown
 from picotron.planner.what_if import changed, single_changes
+from picotron.planner.worst_dispatch import worst_dispatch_bytes
 
 MOST_CHANGES = 3
 LEAST_GAIN = 1e-3  # of a step's seconds, for a change to be worth telling
@@ -50,7 +51,8 @@ class Explanation:
     """Seconds of a step by cause and bytes of the fullest rank by class; each sums to its whole.
 
     Both are those of ``predict``. ``interval`` is how far known runs were off, None where none are known.
-    ``rank`` is the fullest position of the pipeline. ``changes`` are single changes that save, of plans that
+    ``rank`` is the fullest position of the pipeline. ``worst_dispatch_bytes``: how much more it would hold if
+    every token went to the experts of one rank (bytes are of balanced experts). ``changes`` are single changes that save, of plans that
     fit, picked by estimate and predicted.
     """
 
@@ -63,6 +65,7 @@ class Explanation:
     rank: int
     tokens_per_second: float
     mfu: float
+    worst_dispatch_bytes: int = 0
     changes: tuple[Change, ...] = ()
 
     @property
@@ -95,6 +98,7 @@ class Explanation:
             "margin_bytes": self.margin_bytes,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
+            "worst_dispatch_bytes": self.worst_dispatch_bytes,
             "changes": [
                 {"setting": one.setting, "step_seconds": one.step_seconds, "peak_bytes": one.peak_bytes}
                 for one in self.changes
@@ -192,6 +196,7 @@ def explain(
         rank=coordinate(plan.topology, found.peak_memory_rank).pp,
         tokens_per_second=found.tokens_per_second,
         mfu=found.mfu,
+        worst_dispatch_bytes=worst_dispatch_bytes(plan),
         changes=_best_changes(found, changes) if changes else (),
     )
 
