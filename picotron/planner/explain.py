@@ -51,9 +51,9 @@ class Explanation:
     """Seconds of a step by cause and bytes of the fullest rank by class; each sums to its whole.
 
     Both are those of ``predict``. ``interval`` is how far known runs were off, None where none are known.
-    ``rank`` is the fullest position of the pipeline. ``worst_dispatch_bytes``: how much more it would hold if
-    every token went to the experts of one rank (bytes are of balanced experts). ``changes`` are single changes that save, of plans that
-    fit, picked by estimate and predicted.
+    ``rank`` is the fullest position of the pipeline. Bytes are of balanced experts; ``worst_dispatch_bytes``
+    is how much more it would hold if every token went to the experts of one rank. ``changes`` are single
+    changes that save, of plans that fit, picked by estimate and predicted.
     """
 
     plan: TrainingPlan = field(repr=False)
