@@ -19,7 +19,7 @@ from picotron.planner.constants import Constants, default_constants
 from picotron.planner.kernels import device_rates
 from picotron.planner.layer_times import LayerTimes, layer_times
 from picotron.planner.network import links
-from picotron.planner.offload_times import offload_seconds
+from picotron.planner.offload_times import offload_waits
 from picotron.planner.parameter_counts import parameter_counts
 from picotron.planner.pipeline_times import (
     StageLayers,
@@ -100,9 +100,11 @@ def estimate_seconds(
     early = 1.0 + (layout.pp - 1.0) * (1.0 - 1.0 / layout.virtual_stages)  # some chunks end before the last
     early = np.minimum(early, microbatches)
     launches = 1.0 + BACKWARD_KERNELS
-    beside = Beside(
-        forward=forward + launch / launches,
-        backward=backward + launch * (BACKWARD_KERNELS / launches),
+    passes = (forward + launch / launches, backward + launch * (BACKWARD_KERNELS / launches))
+    waits = offload_waits(cases, held.middle, *passes, weight)
+    beside = Beside(  # other transfers hide under those to the host too
+        forward=passes[0] + waits[0],
+        backward=passes[1] + waits[1],
         microbatches=microbatches,
         layers=held.middle,
         early=early,
@@ -122,7 +124,7 @@ def estimate_seconds(
         "pipeline_transfer": transfer,
         "data": data + waiting,
         "optimizer": update + table["step_seconds"] + cases.machine.step_seconds,
-        "offload": offload_seconds(cases, microbatches, held.middle, beside.forward, beside.backward, weight),
+        "offload": microbatches * (waits[0] + waits[1]),
     }
     shape = np.broadcast_shapes((len(cases),), *(np.shape(value) for value in causes.values()))
     causes = {cause: np.broadcast_to(causes[cause], shape) for cause in CAUSES}

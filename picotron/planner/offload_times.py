@@ -13,10 +13,10 @@ from picotron.planner.cases import Cases, Column
 from picotron.planner.in_flight import splits_backward
 
 
-def offload_seconds(
-    cases: Cases, microbatches: Column, layers: Column, forward: Column, backward: Column, weight: Column
-) -> Column:
-    """Seconds of a step. ``layers``, ``forward`` and ``backward`` are of one microbatch on a rank.
+def offload_waits(
+    cases: Cases, layers: Column, forward: Column, backward: Column, weight: Column
+) -> tuple[Column, Column]:
+    """Seconds that one microbatch waits on a rank forward and backward, which has so many ``layers``.
 
     ``weight`` of the backward's seconds come later where schedules split it. A stage of few layers has one
     that is offloaded or none, so that more cannot hide under its neighbours. Where a copy outlasts both
@@ -24,16 +24,17 @@ def offload_seconds(
     """
     layout = cases.layout
     if not np.any(layout.offload > 0):
-        return np.zeros(())
+        return np.zeros(()), np.zeros(())
     stages = layout.virtual_stages
     of_stage = layers / stages
     mean = layout.offload * of_stage
     chosen = np.maximum(mean, np.minimum(1.0, of_stage))  # layers, in a stage that has any to offload
     copy = chosen * layer_bytes(cases) / cases.machine.host_bytes_per_second
+    copied = stages * (mean / chosen)  # stages that have
     after = np.where(splits_backward(layout), backward - weight, backward)
-    exposed = np.maximum(copy - forward / stages, 0.0) + np.maximum(copy - after / stages, 0.0)
-    seconds: Column = microbatches * stages * (mean / chosen) * exposed
-    return seconds
+    out = copied * np.maximum(copy - forward / stages, 0.0)
+    back: Column = copied * np.maximum(copy - after / stages, 0.0)
+    return out, back
 
 
 def layer_bytes(cases: Cases) -> Column:
