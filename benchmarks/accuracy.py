@@ -255,7 +255,11 @@ def main() -> int:
     if options.errors:
         print("\n" + "\n".join(worst(results, options.errors)))
     if options.json:
-        options.json.write_text(json.dumps([as_object(one) for one in results], indent=1) + "\n")
+        try:
+            options.json.write_text(json.dumps([as_object(one) for one in results], indent=1) + "\n")
+        except OSError as error:
+            print(f"error: --json must be a file that can be written: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

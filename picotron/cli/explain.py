@@ -96,7 +96,10 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def _what_if(plan: TrainingPlan, arguments: argparse.Namespace) -> Any:
-    settings = dict(map(_setting, arguments.settings))
+    pairs = list(map(_setting, arguments.settings))
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        raise PlanError(f"--set must name each setting once, got {' '.join(arguments.settings)}")
     if "cluster" in settings and arguments.device:
         raise PlanError("--device and --set cluster contradict each other: give one of them")
     factors = {

@@ -11,8 +11,8 @@ from attrs import asdict, fields
 from picotron.cli.common import STANDARD, Subparsers, command, write_json, write_out, write_result
 from picotron.cli.plan import add_workload
 from picotron.errors import PlanError
-from picotron.planner.candidates import Plans, choice, in_words
-from picotron.planner.cases import RECOMPUTES, SCHEDULE_NAMES
+from picotron.planner.candidates import Plans, Row, choice, in_words
+from picotron.planner.cases import ORDERS, RECOMPUTES, SCHEDULE_NAMES
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.draw_search import draw_search
 from picotron.planner.model import ModelSpec
@@ -115,13 +115,13 @@ def result_data(result: SearchResult, count: int) -> dict[str, Any]:
         "simulated": [
             {
                 "step_seconds": found.step_seconds,
-                "peak_bytes": found.peak_memory_bytes,
+                "reserved_bytes": found.reserved_bytes,
                 "misfit": result.misfit(index) or None,
             }
             for index, found in sorted(result.predictions.items())
         ],
         "ties": len(result.ties),
-        "interval": result.interval,
+        "interval": result.interval.half if result.interval else None,
         "limit_bytes": result.limit_bytes,
         "counts": {**asdict(result.counts), "refused": dict(result.counts.refused)},
     }
@@ -132,12 +132,23 @@ def plans_data(plans: Plans) -> list[dict[str, Any]]:
     return [
         {
             "layout": in_words(plans.row(index)),
-            "choices": dict(plans.row(index)),
+            "choices": named_choices_of(plans.row(index)),
             "step_seconds": float(plans.seconds[index]),
             "reserved_bytes": round(float(plans.bytes[index])),
         }
         for index in range(len(plans))
     ]
+
+
+def named_choices_of(row: Row) -> dict[str, Any]:
+    """A row's choices as a person writes them: names, whole numbers, shares, true and false."""
+    names = {"schedule": SCHEDULE_NAMES, "recompute": RECOMPUTES, "order": ORDERS}
+    kinds: dict[str, Any] = dict.fromkeys(("recompute_layers", "offload"), float)
+    kinds |= dict.fromkeys(("sequence_parallel", "ends"), bool)
+    return {
+        name: names[name][int(value)] if name in names else kinds.get(name, int)(value)
+        for name, value in row.items()
+    }
 
 
 def _execute(arguments: argparse.Namespace) -> None:

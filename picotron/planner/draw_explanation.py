@@ -27,7 +27,7 @@ MEANINGS = {  # cause: what it is, for people; transfers as far as nothing hides
     "data": "gradients and parameters",
     "optimizer": "update and step overhead",
     "offload": "offloading",
-    "schedule": "waits for ranks of other slices",
+    "schedule": "waits for other ranks",
 }
 _COMPUTING, _SENDING, _WAITING, _OTHER = 110, 168, 218, 141  # of the 256 colours of terminals
 _COLOURS = {
@@ -91,7 +91,7 @@ def draw_what_if(one: WhatIf, *, width: int = WIDTH, colour: bool = False) -> st
             human_seconds,
             colour=colour,
             meanings=MEANINGS,
-            least=ROUNDING * before.step_seconds,
+            least=ROUNDING * max(before.step_seconds, after.step_seconds),
         ),
         "",
         f"the fullest rank holds {_signed(after.peak_bytes - before.peak_bytes, _whole_bytes)}, of which",

@@ -23,21 +23,30 @@ SIMULATED = HEADS.index("simulated")
 def draw_search(result: SearchResult, count: int = SHOWN_ROWS) -> str:
     """The ``count`` fastest plans, the front, and how the space was covered."""
     space, best = result.space, result.fastest.seconds[0]
-    ties = len(result.ties)
     work, cluster = space.work, space.cluster.name
-    tied = f"{ties} of the {len(result)} kept are within {result.interval:.1%} of the best: a tie"
     lines = [
         f"{space.model.name} on {cluster}, {work.global_batch} x {work.seq_len} tokens: "
         f"{human_seconds(float(best))} a step at best",
         table(result, count),
         *verdicts(result, count),
-        tied.replace("%", " %"),
+        *_tied(result),
         "",
         chart(result),
         "",
         str(result.counts),
     ]
     return "\n".join(lines)
+
+
+def _tied(result: SearchResult) -> list[str]:
+    """How many plans the known error cannot tell from the best."""
+    ties = len(result.ties)
+    if result.interval is None:
+        return ["how far such estimates are off is not known here"]
+    if ties < 2:
+        return []
+    error = f"{result.interval.half:.1%}".replace("%", " %")
+    return [f"{ties} of the {len(result)} kept are within {error} of the best: a tie"]
 
 
 def table(result: SearchResult, count: int) -> str:

@@ -21,7 +21,7 @@ from picotron.planner.block_times import (
 )
 from picotron.planner.cases import EXPERT_KERNELS, Cases, Column
 from picotron.planner.kernels import matmul_seconds
-from picotron.planner.network import Group, all_to_all_seconds, group, ring_seconds
+from picotron.planner.network import Group, all_to_all_seconds, expert_group, ring_seconds
 
 _LOOPED, _FUSED = EXPERT_KERNELS.index("looped"), EXPERT_KERNELS.index("fused")
 
@@ -120,10 +120,10 @@ def down_seconds(here: Here) -> Column:
 def _exchange(here: Here, own: _Share) -> Column:
     """Dispatch and combine of one pass."""
     cases, layout = here.cases, here.cases.layout
-    where = group(cases, layout.ep, layout.etp)
+    where = expert_group(cases, layout.ep, layout.etp)
     payload = own.rows * own.width * cases.work.compute_bytes
     seconds = 2.0 * all_to_all_seconds(here.link, payload / layout.etp, where, *_copies(cases, own, where))
-    slices = group(cases, layout.etp, np.ones(()))
+    slices = expert_group(cases, layout.etp, np.ones(()))
     seconds = seconds + 2.0 * ring_seconds(here.link, payload, slices)
     return seconds * (1.0 - cases.software.expert_overlap)
 

@@ -96,17 +96,6 @@ def interval_data(interval: Interval | None, seconds: float) -> dict[str, Any]:
     }
 
 
-def relative_interval(architecture: str = "any", *, experts: bool = False) -> float:
-    """The relative error to expect of a step's seconds on devices of ``architecture``.
-
-    Where too few runs of it are known, that of all architectures.
-    """
-    kind = "moe" if experts else "dense"
-    table = _table()
-    row = table.get(f"{architecture}/{kind}", table[f"any/{kind}"])
-    return float(row[QUANTILE])
-
-
 @cache
 def _table() -> Mapping[str, Mapping[str, float]]:
     text = (files("picotron.planner") / "presets" / "errors.json").read_text(encoding="utf-8")

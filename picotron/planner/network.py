@@ -80,6 +80,14 @@ def group(cases: Cases, size: Column, stride: Column) -> Group:
     return Group(size=size, inside=np.clip(cases.machine.devices_per_node // stride, 1.0, size))
 
 
+def expert_group(cases: Cases, size: Column, stride: Column) -> Group:
+    """The group of ``size`` ranks that are ``stride`` apart in the order of one stage's ranks."""
+    layout, per_node, step = cases.layout, cases.machine.devices_per_node, strides(cases)["pp"]
+    period = step * layout.pp
+    of_stage = np.where(period <= per_node, step * (per_node // period), np.minimum(step, per_node))
+    return Group(size=size, inside=np.clip(of_stage // stride, 1.0, size))
+
+
 def joined(outer: Group, inner: Group) -> Group:
     """The group over two axes together."""
     return Group(size=outer.size * inner.size, inside=outer.inside * inner.inside)

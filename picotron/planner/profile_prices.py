@@ -97,13 +97,14 @@ def _recomputed(cases: Cases, layers: LayerTimes, block: Block, mode: str) -> Bl
 
 
 def _target(cases: Cases, block: Block, seconds: Mapping[str, np.ndarray]) -> Target:
-    """The launches of a block's kernels lengthen both of its passes alike."""
-    forward, backward, launch = pass_seconds(cases, default_constants(), block)
-    longer = 1.0 + float(launch) / max(float(forward + backward), 1e-12)
+    """The launches of a block's kernels lengthen the computing of both of its passes alike."""
+    _, _, launch = pass_seconds(cases, default_constants(), block)
+    passes = (block.forward, block.backward)
+    both = sum(float(value) for each in passes for cause, value in each.items() if cause not in _WIRES)
     causes = {cause: float(value) for cause, value in seconds.items()}
     wires = sum(causes[cause] for cause in _WIRES if cause in causes)
     computing = sum(causes.values()) - wires
-    launching = computing * (longer - 1.0)
+    launching = computing * float(launch) / max(both, 1e-12)
     return Target(computing + launching, wires, causes | {"launch": launching})
 
 

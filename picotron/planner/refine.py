@@ -69,7 +69,7 @@ def refined(before: Prediction, limit_bytes: int) -> Refined:
     for cut in reversed(better_cuts(before.plan)):
         after = predict(evolve(before.plan, stage_layers=cut))
         faster = after.step_seconds < before.step_seconds * (1 - LEAST_GAIN)
-        if faster and after.fits and after.peak_memory_bytes <= limit_bytes:
+        if faster and after.fits and after.reserved_bytes <= limit_bytes:
             return Refined(before=before, prediction=after)
     return Refined(before=before, prediction=before)
 

@@ -14,7 +14,7 @@ from attrs import evolve
 from picotron.errors import PlanError
 from picotron.planner.candidates import Plans
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.interval import relative_interval as relative_interval
+from picotron.planner.interval import known_interval
 from picotron.planner.kept import Kept, Wanted
 from picotron.planner.misfit import fits_nowhere
 from picotron.planner.model import ModelSpec
@@ -84,7 +84,7 @@ def search(
         pareto=_plans(space, kept, front),
         counts=counts,
         limit_bytes=limit,
-        interval=relative_interval(cluster.device.architecture, experts=model.experts is not None),
+        interval=known_interval(cluster, experts=model.experts is not None),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from attrs import field, frozen
 
 from picotron.planner.candidates import Plans, in_words
+from picotron.planner.interval import Interval
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import Prediction, predict
 from picotron.planner.priced import Prices
@@ -62,7 +63,8 @@ class SearchResult(Sequence[TrainingPlan]):
     """The plans that a search keeps, fastest first: of each choice of degrees and microbatch the fastest one.
 
     A plan is built when it is looked at. ``pareto``: the plans that none beats in both time and memory.
-    ``interval``: the relative error of a predicted time; plans closer than that to the best are ``ties``.
+    ``interval``: the error of a predicted time (the median, as in ``Prediction``), None where none is known;
+    plans closer than that to the best are ``ties``.
     """
 
     space: Space
@@ -71,7 +73,7 @@ class SearchResult(Sequence[TrainingPlan]):
     pareto: Plans
     counts: Counts
     limit_bytes: int
-    interval: float
+    interval: Interval | None
 
     def __len__(self) -> int:
         return len(self.fastest)
@@ -94,9 +96,9 @@ class SearchResult(Sequence[TrainingPlan]):
     @property
     def ties(self) -> Plans:
         """The kept plans whose predicted time is within the prediction's interval of the best."""
-        near = int(
-            np.searchsorted(self.fastest.seconds, self.fastest.seconds[0] * (1 + self.interval), "right")
-        )
+        best = float(self.fastest.seconds[0])
+        most = self.interval.half_range(best)[1] if self.interval else best
+        near = int(np.searchsorted(self.fastest.seconds, most, "right"))
         return self.fastest[:near]
 
     def simulated(self, count: int = SIMULATED, progress: Progress | None = None) -> tuple[Prediction, ...]:
@@ -124,9 +126,9 @@ class SearchResult(Sequence[TrainingPlan]):
     def misfit(self, index: int) -> str:
         """What the exact count of bytes says against a simulated plan, or nothing where it fits."""
         found = self.predictions[index]
-        if found.misfits or found.peak_memory_bytes <= self.limit_bytes:
+        if found.misfits or found.reserved_bytes <= self.limit_bytes:
             return "; ".join(found.misfits)
-        held, limit = found.peak_memory_bytes / GIB, self.limit_bytes / GIB
+        held, limit = found.reserved_bytes / GIB, self.limit_bytes / GIB
         return f"rank {found.peak_memory_rank} needs {held:.2f} GiB of {limit:.2f}"
 
     def is_quick(self, index: int) -> bool:

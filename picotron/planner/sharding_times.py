@@ -14,7 +14,16 @@ from attrs import evolve, frozen
 
 from picotron.planner.cases import RECOMPUTES, Cases, Column
 from picotron.planner.constants import Constants
-from picotron.planner.network import Group, Links, all_reduce_seconds, group, joined, ring_seconds, strides
+from picotron.planner.network import (
+    Group,
+    Links,
+    all_reduce_seconds,
+    expert_group,
+    group,
+    joined,
+    ring_seconds,
+    strides,
+)
 from picotron.planner.parameter_counts import ParameterCounts
 
 FULL = RECOMPUTES.index("full")
@@ -41,7 +50,7 @@ def data_groups(cases: Cases) -> tuple[Group, Group, Group]:
     copies = Group(size=both.size / shard, inside=np.maximum(both.inside / inside, 1.0))
     experts = layout.ep * layout.etp
     own = np.maximum(both.size * layout.tp / experts, 1.0)
-    ranks = group(cases, own, experts)
+    ranks = expert_group(cases, own, experts)
     return Group(size=shard, inside=inside), copies, ranks
 
 
@@ -68,7 +77,11 @@ def data_seconds(
     gather = gather + gather_experts
 
     once = copies.size > 1
-    reduced = each * reduce_shard + np.where(once, reduce_copies, 0.0) + reduce_experts
+    halves = each * ring_seconds(link, experts * work.wire_bytes, own) + ring_seconds(
+        link, experts * work.compute_bytes, own
+    )  # scattered sums of each microbatch, and new parameters
+    of_experts = np.where(layout.zero_stage == 2, halves, reduce_experts)
+    reduced = each * reduce_shard + np.where(once, reduce_copies, 0.0) + of_experts
     hide_reduce = _exposed(
         constants, reduced, np.maximum(each, beside.early) * beside.backward, software.reduce_overlap
     )

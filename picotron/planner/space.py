@@ -231,7 +231,10 @@ class Shardings:
 
 
 def shardings(space: Space, rows: Rows) -> Shardings:
-    """Every ZeRO stage, over all ranks of dp * cp or as few as share a node, where that is another number."""
+    """Every ZeRO stage, over all ranks of dp * cp or as few as share a node, where that is another number.
+
+    Who asks for a shard asks for something to be sharded.
+    """
     ways = [
         (stage, shard)
         for stage in space.domains["zero_stage"]
@@ -243,6 +246,8 @@ def shardings(space: Space, rows: Rows) -> Shardings:
     valid = (ranks % shard == 0) & ((stage == 0) | ((ranks > 1) & (shard > 1)))
     if ALL_RANKS in space.domains["shard"]:
         valid &= (wanted == ALL_RANKS) | (shard < ranks)
+    elif 1 not in space.domains["shard"]:
+        valid &= stage > 0
     return Shardings(zero_stage=stage, shard=np.where(stage == 0, 1, shard), valid=valid)
 
 

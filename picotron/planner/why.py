@@ -133,7 +133,8 @@ def _of_row(result: SearchResult, named: str, row: Row) -> Why:
     share = lost / best
     if lost <= 0 and dict(row) == dict(result.fastest.row(0)):
         return Why(verdict="best", sentence=f"{words} is the best, {human_seconds(seconds)} a step", **known)
-    verdict: Verdict = "tie" if share <= result.interval else "slower"
+    within = result.interval is not None and seconds <= result.interval.half_range(best)[1]
+    verdict: Verdict = "tie" if within else "slower"
     also = ", which is within the prediction's error" if verdict == "tie" else ""
     sentence = (
         f"{words} takes {human_seconds(seconds)} a step, {1e3 * lost:.1f} ms ({share:.1%}) more than the "

@@ -66,3 +66,38 @@ def test_a_search_says_what_the_exact_prediction_says(model: str, cluster: str, 
     )
     exact = [predict(made).step_seconds for made in found[:3]]
     assert found.fastest.seconds[:3] == pytest.approx(exact, rel=1 / 30)
+
+
+def test_gathers_that_queue_are_counted_once() -> None:
+    """Small microbatches over 128 devices: the program itself waits for its gathers longer than estimated."""
+    work = Workload(global_batch=1024, seq_len=512)
+    made = plan(LLAMA, ClusterSpec.parse("h100:16x8"), work, dp=128, zero_stage=3)
+    told = dict(predict(made).seconds_by_cause)
+    once = float(default_constants()["step_seconds"])
+    assert predict(made).step_seconds == pytest.approx(simulate_step(made).step_seconds + once)
+    assert told["schedule"] < 0.01 * told["data"]
+
+
+def test_launches_lengthen_the_computing_that_they_are_of() -> None:
+    """Small kernels under tensor parallelism: what the host launches counts whole beside the transfers."""
+    work = Workload(global_batch=64, seq_len=512)
+    made = plan(LLAMA, ClusterSpec.parse("h100:1x8"), work, tp=8)
+    causes = estimate_seconds(cases_of_plan(made)).causes
+    told = dict(predict(made).seconds_by_cause)
+    assert told["launch"] == pytest.approx(float(np.ravel(causes["launch"])[0]), rel=0.05)
+
+
+def test_experts_of_another_order_of_axes_cross_the_network() -> None:
+    """Eight expert ranks a stage lie in one node where pp is outermost, and in four where dp is."""
+    model, work = ModelSpec.from_hf("mixtral-8x7b"), Workload(global_batch=64, seq_len=4096)
+    inner, outer = (
+        plan(model, ClusterSpec.parse("h100:4x8"), work, pp=4, dp=8, ep=8, order=order)
+        for order in (("pp", "dp", "cp", "tp"), ("dp", "pp", "cp", "tp"))
+    )
+    near, far = (
+        float(np.ravel(estimate_seconds(cases_of_plan(one)).causes["expert"])[0]) for one in (inner, outer)
+    )
+    assert far > 3 * near
+    assert predict(outer).step_seconds == pytest.approx(
+        float(np.ravel(estimate_seconds(cases_of_plan(outer)).step_seconds)[0]), rel=0.05
+    )
