@@ -9,6 +9,7 @@ cluster's software profile scales the bodies so that they sum to the time model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -92,14 +93,32 @@ def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int)
     """Seconds of a collective over one group of ``group``, on the slowest of those groups.
 
     A ring uses every adapter of a node at once; in an all-to-all or an exchange between ring neighbours each
-    byte takes its own device's adapter, so the slowest hop sets the pace.
+    byte takes its own device's adapter, so the slowest hop sets the pace. Over nodes an all-reduce takes a
+    double tree where that is quicker.
     """
     direct = kind in ("exchange", "all_to_all")
-    link = _slowest_link(plan, groups(plan.topology, group), link_between if direct else group_link)
+    members = groups(plan.topology, group)
+    link = _slowest_link(plan, members, link_between if direct else group_link)
     size = group_size(plan.topology, group)
     if kind == "exchange" and size > 1:  # a ring all-gather's steps: each rank passes on size - 1 parts
         return _scaled(plan, collective_seconds("all_gather", payload_bytes * size // (size - 1), size, link))
-    return _scaled(plan, collective_seconds(kind, payload_bytes, size, link))
+    seconds = collective_seconds(kind, payload_bytes, size, link)
+    if kind == "all_reduce":
+        seconds = min(seconds, _tree_seconds(plan.cluster, members[0], payload_bytes, link))
+    return _scaled(plan, seconds)
+
+
+def _tree_seconds(cluster: ClusterSpec, ranks: Sequence[int], payload_bytes: int, link: LinkSpec) -> float:
+    """An all-reduce up and down two trees of nodes, a chain in each (Sanders, Speck and Traeff 2009)."""
+    nodes = len({rank // cluster.devices_per_node for rank in ranks})
+    if nodes == 1:
+        return float("inf")  # a ring is as quick
+    inside = len(ranks) / nodes
+    up = (
+        math.log2(nodes) * cluster.inter_node.latency_seconds
+        + (inside - 1) * cluster.intra_node.latency_seconds
+    )
+    return 2 * (payload_bytes / link.bytes_per_second + up)
 
 
 def _scaled(plan: TrainingPlan, seconds: float) -> float:

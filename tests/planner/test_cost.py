@@ -377,3 +377,10 @@ def test_every_product_has_its_role_and_its_shape(config: dict[str, Any]) -> Non
                     assert operation.flops == 2 * m * n * k * batch
                     roles.add(product_role(operation))
         assert roles == ({"output"} if kind is Kind.FORWARD else {"input", "weight"})
+
+
+def test_a_small_all_reduce_over_many_nodes_climbs_trees() -> None:
+    """Over 16 nodes of one rank each, 1 byte/s: four levels of 3 s up and down, where a ring has 30 steps."""
+    made = _plan(_cluster(nodes=16), batch=16, dp=16)
+    assert group_seconds(made, "all_reduce", "dp", 1) == pytest.approx(2 * (1 + 4 * 3))
+    assert group_seconds(made, "all_reduce", "dp", 1600) == pytest.approx(30 * 3 + 2 * 15 / 16 * 1600)
