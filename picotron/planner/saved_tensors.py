@@ -167,31 +167,42 @@ def total(tensors: Tensors) -> Column:
 class LayerBytes:
     """Bytes that one layer keeps of a microbatch.
 
-    ``kept`` after forward, a mean over the layers where only some are recomputed; ``whole`` without
-    recompute; ``for_weights`` between I and W of a split backward (inputs of products, gradients of outputs).
-    ``grown`` is by how much that is more than ``whole`` in the MLP alone.
+    ``whole`` after forward without recompute, ``dropped`` of it where it is recomputed; ``for_weights``
+    between I and W of a split backward (inputs of products, gradients of outputs). ``grown`` is by how much
+    that is more than ``whole`` in the MLP alone.
     """
 
-    kept: Column
     whole: Column
+    dropped: Column
     for_weights: Column
     grown: Column
 
+    @property
+    def kept(self) -> Column:
+        """After forward, of a layer that is recomputed if any is."""
+        left: Column = self.whole - self.dropped
+        return left
 
-def layer_bytes(cases: Cases, saved: SavedTensors, mlp: Tensors, t: Tokens, product: Column) -> LayerBytes:
-    """Of the layer whose MLP keeps ``mlp``; ``product`` is what its second product reads."""
+
+def layer_bytes(
+    cases: Cases, saved: SavedTensors, mlp: Tensors, gradient: Column, *, beside: Column
+) -> LayerBytes:
+    """Of the layer whose MLP keeps ``mlp``.
+
+    W needs ``gradient``, that of attention's output, and of the MLP what stands ``beside`` its saved tensors
+    or their gradients, which are as large.
+    """
     layout, core = cases.layout, total(saved.core)
     fused = cases.software.kernels == FUSED
     whole = total(saved.attention) + core + total(mlp)
     selective = layout.recompute == RECOMPUTES.index("selective")
     full = layout.recompute == RECOMPUTES.index("full")
     dropped = np.where(full, whole - saved.boundary, selective * dropped_core(cases, saved))
-    gradient = t.whole * cases.model.hidden * t.item
     return LayerBytes(
-        kept=whole - (selective | full) * layout.recompute_layers * dropped,
         whole=whole,
-        for_weights=whole - core + ~fused * (product + 2 * gradient),
-        grown=~fused * (product + gradient + 2 * saved.boundary),
+        dropped=dropped * 1.0,
+        for_weights=whole - core + ~fused * (beside + gradient),
+        grown=~fused * (beside + 2 * saved.boundary),
     )
 
 
