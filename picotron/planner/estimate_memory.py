@@ -33,6 +33,7 @@ from picotron.planner.moving_bytes import (
     last_layer,
 )
 from picotron.planner.side_bytes import (
+    Transfers,
     communication,
     fragmentation_share,
     framework,
@@ -152,11 +153,12 @@ def _positions(cases: Cases) -> list[Column]:
 
 @frozen(kw_only=True, eq=False)
 class _Moment:
-    """Bytes that come and go beside transfers, at one moment."""
+    """Bytes that come and go, at one moment."""
 
     activations: Column
     logits: Column
     workspace: Column
+    communication: Column
 
 
 def _rank_bytes(blocks: Blocks, position: Column) -> dict[str, Column]:
@@ -165,10 +167,10 @@ def _rank_bytes(blocks: Blocks, position: Column) -> dict[str, Column]:
     layers = rank_layers(cases.model, layout, position)
     held = held_weights(cases.model, layout, blocks.widths, blocks.layer, layers)
     standing = standing_bytes(cases, held)
-    fullest = _fullest(blocks, layers, in_flight(cases, position))
     transfers = communication(blocks, layers, held, standing)
+    fullest = _fullest(blocks, layers, in_flight(cases, position), transfers)
     always = placeholders(blocks, layers) + library_workspace(cases) + position_table(cases)
-    moment = fullest.activations + transfers + fullest.logits + fullest.workspace
+    moment = fullest.activations + fullest.communication + fullest.logits + fullest.workspace
     backward = (moment >= standing.update) * 1.0
     return {
         "parameters": standing.parameters,
@@ -177,14 +179,14 @@ def _rank_bytes(blocks: Blocks, position: Column) -> dict[str, Column]:
         "moments": standing.moments,
         "activations": backward * fullest.activations,
         "logits": backward * fullest.logits,
-        "communication": backward * transfers,
+        "communication": backward * fullest.communication,
         "workspace": always + np.where(backward > 0, fullest.workspace, standing.update),
         "framework": framework(cases),
         "fragmentation": fragmentation_share(cases) * (np.maximum(moment, standing.update) + always),
     }
 
 
-def _fullest(blocks: Blocks, layers: RankLayers, flight: InFlight) -> _Moment:
+def _fullest(blocks: Blocks, layers: RankLayers, flight: InFlight, transfers: Transfers) -> _Moment:
     """The fullest moment of the backward: in the last layer or the head, or where W is put off in the first.
 
     By then all other layers, and the head, have left what W needs.
@@ -193,22 +195,25 @@ def _fullest(blocks: Blocks, layers: RankLayers, flight: InFlight) -> _Moment:
     heads = np.where(split, flight.split, flight.head - 1)
     head, for_head = layers.last * blocks.head.highest, head_placeholder(blocks, layers)
     layer = last_layer(blocks, layers)
-    in_head = head + for_head > layer
+    in_head = head + for_head > layer + transfers.ahead
     logits, working = in_head * head, np.where(in_head, for_head, layer)
-    begins = in_flight_bytes(chunk, flight.whole, flight.split, heads)
+    moving = transfers.total - in_head * transfers.ahead
+    begins = in_flight_bytes(chunk, flight.whole, flight.split, heads, copies=True)
     if not split.any():
-        return _Moment(activations=begins, logits=logits, workspace=working)
+        return _Moment(activations=begins, logits=logits, workspace=working, communication=moving)
     whole, waiting = flight.whole - flight.turned, flight.split + flight.turned
-    ends = in_flight_bytes(chunk, whole, waiting, flight.split + 1)
+    ends = in_flight_bytes(chunk, whole, waiting, flight.split + 1, copies=False)
     if flight.late_split is not flight.split:
         whole, waiting = flight.late_whole, flight.late_split
-        late = in_flight_bytes(chunk, whole, waiting, np.where(split, waiting, heads))
+        late = in_flight_bytes(chunk, whole, waiting, np.where(split, waiting, heads), copies=True)
         begins = np.maximum(begins, late)
-        ends = np.maximum(ends, in_flight_bytes(chunk, whole - 1, waiting + 1, waiting + 1))
+        late = in_flight_bytes(chunk, whole - 1, waiting + 1, waiting + 1, copies=False)
+        ends = np.maximum(ends, late)
     first = first_layer(blocks, layers)
-    at_end = split & (ends + first > begins + logits + working)
+    at_end = split & (ends + first + transfers.total > begins + logits + working + moving)
     return _Moment(
         activations=np.where(at_end, ends, begins),
         logits=~at_end * logits,
         workspace=np.where(at_end, first, working),
+        communication=np.where(at_end, transfers.total, moving),
     )

@@ -134,9 +134,13 @@ def _copied(blocks: Blocks, layers: RankLayers, again: Column, away: Column) -> 
     return offloaded
 
 
-def in_flight_bytes(chunk: Chunk, whole: Column, split: Column, heads: Column) -> Column:
-    """Of ``whole`` chunks between F and I, ``split`` ones between I and W, and the heads of some."""
-    on_device = np.minimum(whole * chunk.stays, whole * chunk.left + chunk.copied)  # one leaves as one comes
+def in_flight_bytes(chunk: Chunk, whole: Column, split: Column, heads: Column, *, copies: bool) -> Column:
+    """Of ``whole`` chunks between F and I, ``split`` ones between I and W, and the heads of some.
+
+    ``copies``: whether layers of a chunk are on their way to the host or back.
+    """
+    left = whole * chunk.left
+    on_device = np.minimum(whole * chunk.stays, left + chunk.copied) if copies else left
     held: Column = on_device + split * chunk.for_weights + heads * chunk.head
     return held
 

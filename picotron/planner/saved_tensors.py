@@ -19,12 +19,21 @@ import numpy as np
 from attrs import frozen
 
 from picotron.planner.body import INDEX_BYTES
-from picotron.planner.cases import ATTENTIONS, KERNEL_SETS, PRODUCT_FORMATS, RECOMPUTES, Cases, Column
+from picotron.planner.cases import (
+    ATTENTIONS,
+    KERNEL_SETS,
+    PRODUCT_FORMATS,
+    RECOMPUTES,
+    Cases,
+    Column,
+    ModelColumns,
+)
 from picotron.planner.held_weights import Widths
 
 EAGER, FUSED, COMPILED = range(len(KERNEL_SETS))
 UNFUSED, FUSED_SOFTMAX = ATTENTIONS.index("unfused"), ATTENTIONS.index("fused-softmax")
 NARROW_FORMATS = ("fp8", "mxfp8", "fp8-blockwise", "nvfp4")
+BEFORE_NORMS = "queries and keys before their norms"
 Tensors = Mapping[str, Column]
 
 
@@ -93,6 +102,7 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
             "context": t.whole * w.context * t.item,
             "context in the product's format": narrow * t.whole * w.context * t.product,
             "dropout mask": masks,
+            BEFORE_NORMS: model.head_norms * t.whole * ((w.query + w.key) + _heads(model, w)) * t.item,
         },
         core=_core(cases, t),
         dense={
@@ -106,6 +116,12 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
         embedding={"token ids": t.whole * INDEX_BYTES},
         boundary=boundary,
     )
+
+
+def _heads(model: ModelColumns, w: Widths) -> Column:
+    """Heads of queries and of keys on a rank: as many statistics of their norms a token."""
+    heads: Column = (w.query + w.key) / model.head_dim
+    return heads
 
 
 def _has_dropout(cases: Cases) -> Column:
@@ -201,7 +217,7 @@ def layer_bytes(
     return LayerBytes(
         whole=whole,
         dropped=dropped * 1.0,
-        for_weights=whole - core + ~fused * (beside + gradient),
+        for_weights=whole - core - saved.attention[BEFORE_NORMS] + ~fused * (beside + gradient),
         grown=~fused * (beside + 2 * saved.boundary),
     )
 
