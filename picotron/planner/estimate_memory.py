@@ -22,8 +22,8 @@ import numpy as np
 from attrs import AttrsInstance, fields, frozen
 
 from picotron.planner.cases import Cases, Column
-from picotron.planner.held_weights import held_weights
-from picotron.planner.in_flight import InFlight, holds_more_behind, in_flight, splits_backward
+from picotron.planner.held_weights import held_weights, layer_weights, widths
+from picotron.planner.in_flight import InFlight, holds_more_behind, in_flight, is_v_placed, splits_backward
 from picotron.planner.moving_bytes import (
     Blocks,
     blocks_of,
@@ -136,6 +136,23 @@ def bytes_at(cases: Cases, position: Column, *, imbalance: float = 1.0) -> Mappi
     return _rank_bytes(blocks_of(cases, imbalance), np.asarray(position, dtype=np.float64))
 
 
+def always_bytes(cases: Cases) -> Column:
+    """What stands all the time on the rank that holds most of it, and the framework's own: a lower bound.
+
+    Of parameters, gradients and optimizer state, whatever a schedule, recomputation and offload add.
+    """
+    w = widths(cases.model, cases.layout)
+    layer = layer_weights(cases.model, cases.layout, w)
+    most: Column = np.zeros(())
+    for position in _positions(cases):
+        layers = rank_layers(cases.model, cases.layout, position)
+        standing = standing_bytes(cases, held_weights(cases.model, cases.layout, w, layer, layers))
+        own = standing.parameters + standing.gradients + standing.main + standing.moments
+        most = np.maximum(most, own)
+    always: Column = most + framework(cases)
+    return always
+
+
 def _positions(cases: Cases) -> list[Column]:
     """The pipeline ranks that can be the fullest (see the module's docstring)."""
     model, last = cases.model, cases.layout.pp - 1
@@ -205,9 +222,11 @@ def _fullest(blocks: Blocks, layers: RankLayers, flight: InFlight, transfers: Tr
     ends = in_flight_bytes(chunk, whole, waiting, flight.split + 1, copies=False)
     if flight.late_split is not flight.split:
         whole, waiting = flight.late_whole, flight.late_split
-        late = in_flight_bytes(chunk, whole, waiting, np.where(split, waiting, heads), copies=True)
+        # in a V one of those that wait is of the rank's other stage
+        heads = np.where(split, np.maximum(0, waiting - is_v_placed(blocks.cases.layout)), heads)
+        late = in_flight_bytes(chunk, whole, waiting, heads, copies=True)
         begins = np.maximum(begins, late)
-        late = in_flight_bytes(chunk, whole - 1, waiting + 1, waiting + 1, copies=False)
+        late = in_flight_bytes(chunk, whole - 1, waiting + 1, heads + 1, copies=False)
         ends = np.maximum(ends, late)
     first = first_layer(blocks, layers)
     at_end = split & (ends + first + transfers.total > begins + logits + working + moving)

@@ -146,10 +146,10 @@ _HELD: dict[str, Held] = {
 }
 
 
-def _late_in_v(p: Column, s: Column, whole: Column, turn: Column) -> tuple[Column, Column]:
-    """Two chunks of V-Half and V-Min wait for W, and three on the rank where the V turns, for some p."""
+def _late_in_v(p: Column, s: Column, whole: Column, waiting: Column, turn: Column) -> tuple[Column, Column]:
+    """Of V-Half and V-Min: three wait for W on the rank where the V turns, for some p."""
     turns = (s == p - 1) & turn
-    return np.where(turns, 1.0, whole), (p > 1) * (2.0 + turns)
+    return np.where(turns, 1.0, whole), (p > 1) * (waiting + turns)
 
 
 # the same when most wait for W, of the schedules of which this is another moment
@@ -157,6 +157,6 @@ _LATE: dict[str, Held] = {
     "zb-h2": lambda m, p, v, s: (np.maximum(1, 2 * (p - s) - 1 - (m < 2 * p - 1)), 2 * s + (m < 2 * p - 1)),
     "zb-v": lambda m, p, v, s: (p - s, 2 * s + 1 + np.maximum(0, 2 * p - 1 - m)),
     "dualpipe-v": lambda m, p, v, s: (p - s, np.maximum(0, np.minimum(s, s + m - 2 * p))),
-    "v-min": lambda m, p, v, s: _late_in_v(p, s, np.maximum(1, np.floor(p / 2)), p % 3 == 2),
-    "v-half": lambda m, p, v, s: _late_in_v(p, s, np.ceil((p - s) / 2) + 1, p % 2 == 0),
+    "v-min": lambda m, p, v, s: _late_in_v(p, s, np.maximum(1, np.floor(p / 2)), NONE + 2, p % 3 == 2),
+    "v-half": lambda m, p, v, s: _late_in_v(p, s, np.ceil((p - s) / 2) + 1, 2.0 - p % 2, p % 2 == 0),
 }

@@ -88,24 +88,31 @@ def communication(
     if not np.any(layout.zero_stage >= 2):
         return Transfers(total=pipeline + ring, ahead=np.zeros(()))
     table = w.vocab * cases.model.hidden * cases.work.compute_bytes
-    gathered = np.minimum(_gathered(blocks, layers, held, table), standing.gathered)
+    gathered = np.minimum(
+        _gathered(blocks, layers, held, standing, table),
+        np.where(eager, standing.whole, standing.gathered),
+    )
     reduced = np.minimum(_reduced(blocks, layers, held), standing.reduced)
     first = microbatches(cases.work, layout) * layout.virtual_stages == 1
     ahead = eager * (np.maximum(gathered - table, 0) + first * reduced)
     return Transfers(total=pipeline + ring + gathered + reduced, ahead=ahead)
 
 
-def _gathered(blocks: Blocks, layers: RankLayers, held: HeldWeights, table: Column) -> Column:
+def _gathered(
+    blocks: Blocks, layers: RankLayers, held: HeldWeights, standing: StandingBytes, table: Column
+) -> Column:
     """Of sharded parameters two layers are whole at a time, one of them ahead of its use, and the tables.
 
-    In *eager* a table or a layer is gathered ahead, and none of another stage.
+    In *eager* a table or a layer is gathered ahead, and none of another stage; whole ones, beside a rank's
+    own share, of what is shared at all.
     """
     size = blocks.cases.work.compute_bytes
+    layer = held.largest_layer - ~standing.experts_shared * (layers.sparse > 0) * blocks.layer.experts
     several = layers.all > blocks.cases.layout.virtual_stages
-    ahead = np.maximum(several * held.largest_layer * size, np.maximum(layers.first, layers.last) * table)
+    ahead = np.maximum(several * layer * size, np.maximum(layers.first, layers.last) * table)
     every = (2 * held.largest_layer + held.table) * size
     eager = blocks.cases.software.kernels == EAGER
-    gathered: Column = np.where(eager, held.largest_layer * size + ahead, every)
+    gathered: Column = np.where(eager, layer * size + ahead, every)
     return gathered
 
 
