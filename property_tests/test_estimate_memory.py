@@ -88,6 +88,7 @@ def decoders(draw: st.DrawFn) -> dict[str, float]:
         "learned_positions": draw(st.sampled_from([0, 1024])),
         "layer_norm": draw(st.integers(0, 1)),
         "biases": draw(st.integers(0, 1)),
+        "head_norms": draw(st.integers(0, 1)),
         "query_rank": 128 * latent * draw(st.integers(0, 1)),
         "kv_rank": 64 * latent,
         "rope_dim": 32 * latent,

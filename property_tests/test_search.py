@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attrs import evolve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.constraints import CONSTRAINTS, REPRESENTATIVES, Rows, broken
 from picotron.planner.kept import TIE, Kept, Wanted
 from picotron.planner.model import ModelSpec
+from picotron.planner.rank_bytes import bytes_by_rank
 from picotron.planner.space import (
     CHOICES,
     Space,
@@ -198,6 +200,28 @@ def test_a_bound_is_never_above_what_it_bounds(request, random):
         table = {name: rows[name][[one]] for name in ("schedule", "virtual_stages", "ends")}
         step, pipeline = schedule_seconds(prices, taken(rows, np.array([one])), table)
         assert max(step[0, 0], body[one] + pipeline[0, 0]) <= seconds[one] * (1 + TIE)
+
+
+@settings(max_examples=MANY // 10)
+@given(requests(names=("gpt2", "llama-3.1-8b", "mixtral-8x7b", "qwen3-30b-a3b")), st.integers(1, 9))
+def test_what_a_search_says_fits_fits(request, tenth):
+    """A kept plan's exact timelines hold what was estimated, and so the limit, but for a twentieth.
+
+    Under this package's own profile, whose kernels the timelines are of; the framework's own bytes, which are
+    the same, set aside. What is left out is less than an allocator's share, and a plan's own: dense layers in
+    front, stages of unequal layers, and chunks between the two fullest moments.
+    """
+    request = evolve(request, profile="picotron")
+    space, prices = request.space(), request.prices()
+    sizes = np.quantile(prices.memory(every_candidate(space)).reserved_bytes, tenth / 10)
+    limit = int(np.ceil(sizes))
+    kept, _ = searched(request, Wanted(limit_bytes=limit, keep=2, reach=1.0), bounded=True)
+    for index in kept.fastest():
+        made = plan_of(space, row_of(kept.rows, int(index)))
+        fullest = max(bytes_by_rank(made), key=lambda own: own.reserved_bytes)
+        framework = fullest.framework_bytes
+        assert fullest.reserved_bytes - framework <= 1.05 * (kept.bytes[index] - framework)
+        assert fullest.reserved_bytes <= 1.05 * limit
 
 
 @settings(max_examples=MANY // 2)

@@ -152,6 +152,7 @@ def _model(facts: Facts) -> dict[str, float]:
         "learned_positions": facts["seq_len"] if style["learned_positions"] else 0,
         "layer_norm": style["layer_norm"],
         "biases": style["biases"],
+        "head_norms": facts.get("head_norms") or 0,
         "query_rank": facts.get("query_rank") or 0,
         "kv_rank": facts.get("kv_rank") or 0,
         "rope_dim": facts.get("rope_dim") or 0,

@@ -33,9 +33,8 @@ launches, is a bound.
 
 *Of all that differ in offload alone.* Its only part in the seconds is a cause of its own, that of what does
 not hide behind computing, which grows with the share: with the least share a step is shortest. Its only part
-in the bytes are the saved tensors in flight, and what these grow by before weight gradients, which shrink as
-the share grows (of what stands, s, a share x leaves and at most two of s come back: s(1-x) + 2 min(s, one),
-or s where that is less): with the greatest share least is held.
+in the bytes are the saved tensors in flight between forward and backward, of which more layers leave as the
+share grows, and no more come back at a time than have left: with the greatest share least is held.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ from picotron.planner.estimate import CAUSES
 from picotron.planner.priced import Prices
 from picotron.planner.space import Shardings, length
 
-STANDING = ("parameters", "gradients", "main", "moments", "framework")  # classes of bytes that never leave
 PIPELINE = ("pipeline_bubble", "pipeline_transfer")  # causes that depend on the schedule, not on the sharding
 ONCE = ("data", "optimizer", "offload")  # causes that sharding, recomputation and offload change
 BODY = tuple(cause for cause in CAUSES if cause not in (*PIPELINE, "offload"))
@@ -76,10 +74,8 @@ def standing_bytes(prices: Prices, cells: Rows, ways: Shardings) -> np.ndarray:
     rows = along(cells, 1, 4) | along(_PLACEMENTS, 2, 4) | KEPT
     rows |= {"sequence_parallel": np.zeros(()), "order": np.zeros(())}
     rows |= {"zero_stage": ways.zero_stage[None, None, None], "shard": ways.shard[None, :, None]}
-    found = prices.memory(rows, num_microbatches=1)
-    total = _sum(found.classes, STANDING)
     shape = (1, length(cells), len(_PLACEMENTS["ends"]), len(ways.zero_stage))
-    least: np.ndarray = np.broadcast_to(total, shape).min(axis=2)[0]
+    least: np.ndarray = np.broadcast_to(prices.always(rows), shape).min(axis=2)[0]
     return least
 
 

@@ -39,6 +39,7 @@ class ModelColumns:
     learned_positions: Column  # rows of the position table; 0 under rotary positions
     layer_norm: Column  # 1 for norms with mean and bias, 0 for RMS norms
     biases: Column  # 1 where every projection has a bias
+    head_norms: Column  # 1 where queries and keys have norms of their own, head by head
     query_rank: Column  # latent attention: width of the compressed query
     kv_rank: Column  # latent attention: width of the compressed keys and values (0: ordinary attention)
     rope_dim: Column  # latent attention: the part of a key that all heads share
@@ -221,6 +222,7 @@ def model_columns(model: ModelSpec) -> ModelColumns:
             "learned_positions": model.max_positions if model.rope_theta is None else 0,
             "layer_norm": model.norm == "layer",
             "biases": model.family == "gpt2",
+            "head_norms": model.qk_norm,
             "query_rank": (latent.q_lora_rank or 0) if latent else 0,
             "kv_rank": latent.kv_lora_rank if latent else 0,
             "rope_dim": latent.qk_rope_head_dim if latent else 0,

@@ -1,8 +1,9 @@
 """Bytes on the fullest pipeline rank at the fullest moment of a step, by class, for many cases at once.
 
-What stands all the time is counted from shapes; what comes and goes is counted by named tensor at the two
+What stands all the time is counted from shapes; what comes and goes is counted by named tensor at the
 moments that can be the fullest: the first backward with all microbatches in flight, in its last layer or in
-the head, and the optimizer's step. The pipeline ranks looked at are the first, the second, the last and the
+the head; where W is put off, the end of an I, with most chunks in flight or with most waiting for W; and the
+optimizer's step. The pipeline ranks looked at are the first, the second, the last and the
 first without dense layers in front of its experts (which are few); and, where a schedule holds more towards
 the end, the last but one and the one at the edge of those with a layer more than others. Any other has
 neither embedding nor head, no more layers than one of these before or behind it and, by ``in_flight``, no
@@ -21,10 +22,18 @@ import numpy as np
 from attrs import AttrsInstance, fields, frozen
 
 from picotron.planner.cases import Cases, Column
-from picotron.planner.held_weights import held_weights
-from picotron.planner.in_flight import holds_more_behind, in_flight
-from picotron.planner.moving_bytes import Blocks, activations_in_flight, blocks_of, fullest_layer
+from picotron.planner.held_weights import held_weights, layer_weights, widths
+from picotron.planner.in_flight import InFlight, holds_more_behind, in_flight, is_v_placed, splits_backward
+from picotron.planner.moving_bytes import (
+    Blocks,
+    blocks_of,
+    chunk_of,
+    first_layer,
+    in_flight_bytes,
+    last_layer,
+)
 from picotron.planner.side_bytes import (
+    Transfers,
     communication,
     fragmentation_share,
     framework,
@@ -33,7 +42,7 @@ from picotron.planner.side_bytes import (
     placeholders,
     position_table,
 )
-from picotron.planner.stage_columns import first_sparse_rank, rank_layers, uneven_rank
+from picotron.planner.stage_columns import RankLayers, first_sparse_rank, rank_layers, uneven_rank
 from picotron.planner.standing_bytes import standing_bytes
 
 CLASSES = (
@@ -127,6 +136,23 @@ def bytes_at(cases: Cases, position: Column, *, imbalance: float = 1.0) -> Mappi
     return _rank_bytes(blocks_of(cases, imbalance), np.asarray(position, dtype=np.float64))
 
 
+def always_bytes(cases: Cases) -> Column:
+    """What stands all the time on the rank that holds most of it, and the framework's own: a lower bound.
+
+    Of parameters, gradients and optimizer state, whatever a schedule, recomputation and offload add.
+    """
+    w = widths(cases.model, cases.layout)
+    layer = layer_weights(cases.model, cases.layout, w)
+    most: Column = np.zeros(())
+    for position in _positions(cases):
+        layers = rank_layers(cases.model, cases.layout, position)
+        standing = standing_bytes(cases, held_weights(cases.model, cases.layout, w, layer, layers))
+        own = standing.parameters + standing.gradients + standing.main + standing.moments
+        most = np.maximum(most, own)
+    always: Column = most + framework(cases)
+    return always
+
+
 def _positions(cases: Cases) -> list[Column]:
     """The pipeline ranks that can be the fullest (see the module's docstring)."""
     model, last = cases.model, cases.layout.pp - 1
@@ -142,30 +168,71 @@ def _positions(cases: Cases) -> list[Column]:
     return [*found, last] if np.any(last > 0) else found
 
 
+@frozen(kw_only=True, eq=False)
+class _Moment:
+    """Bytes that come and go, at one moment."""
+
+    activations: Column
+    logits: Column
+    workspace: Column
+    communication: Column
+
+
 def _rank_bytes(blocks: Blocks, position: Column) -> dict[str, Column]:
-    """The classes on the rank at ``position``, at the fuller of the step's two fullest moments."""
+    """The classes on the rank at ``position``, at the fuller of the step's fullest moments."""
     cases, layout = blocks.cases, blocks.cases.layout
     layers = rank_layers(cases.model, layout, position)
     held = held_weights(cases.model, layout, blocks.widths, blocks.layer, layers)
     standing = standing_bytes(cases, held)
-    activations = activations_in_flight(blocks, layers, in_flight(cases, position))
-    head, for_head = layers.last * blocks.head.highest, head_placeholder(blocks, layers)
-    layer = fullest_layer(blocks, layers)
-    in_head = head + for_head > layer
-    logits, working = in_head * head, np.where(in_head, for_head, layer)
     transfers = communication(blocks, layers, held, standing)
+    fullest = _fullest(blocks, layers, in_flight(cases, position), transfers)
     always = placeholders(blocks, layers) + library_workspace(cases) + position_table(cases)
-    moment = activations + transfers + logits + working
+    moment = fullest.activations + fullest.communication + fullest.logits + fullest.workspace
     backward = (moment >= standing.update) * 1.0
     return {
         "parameters": standing.parameters,
         "gradients": standing.gradients,
         "main": standing.main,
         "moments": standing.moments,
-        "activations": backward * activations,
-        "logits": backward * logits,
-        "communication": backward * transfers,
-        "workspace": always + np.where(backward > 0, working, standing.update),
+        "activations": backward * fullest.activations,
+        "logits": backward * fullest.logits,
+        "communication": backward * fullest.communication,
+        "workspace": always + np.where(backward > 0, fullest.workspace, standing.update),
         "framework": framework(cases),
         "fragmentation": fragmentation_share(cases) * (np.maximum(moment, standing.update) + always),
     }
+
+
+def _fullest(blocks: Blocks, layers: RankLayers, flight: InFlight, transfers: Transfers) -> _Moment:
+    """The fullest moment of the backward: in the last layer or the head, or where W is put off in the first.
+
+    By then all other layers, and the head, have left what W needs.
+    """
+    chunk, split = chunk_of(blocks, layers), splits_backward(blocks.cases.layout)
+    heads = np.where(split, flight.split, flight.head - 1)
+    head, for_head = layers.last * blocks.head.highest, head_placeholder(blocks, layers)
+    layer = last_layer(blocks, layers)
+    in_head = head + for_head > layer + transfers.ahead
+    logits, working = in_head * head, np.where(in_head, for_head, layer)
+    moving = transfers.total - in_head * transfers.ahead
+    begins = in_flight_bytes(chunk, flight.whole, flight.split, heads, copies=True)
+    if not split.any():
+        return _Moment(activations=begins, logits=logits, workspace=working, communication=moving)
+    whole, waiting = flight.whole - flight.turned, flight.split + flight.turned
+    ends = in_flight_bytes(chunk, whole, waiting, flight.split + 1, copies=False)
+    if flight.late_split is not flight.split:
+        whole, waiting = flight.late_whole, flight.late_split
+        # in a V one of those that wait is of the rank's other stage
+        heads = np.where(split, np.maximum(0, waiting - is_v_placed(blocks.cases.layout)), heads)
+        late = in_flight_bytes(chunk, whole, waiting, heads, copies=True)
+        begins = np.maximum(begins, late)
+        late = in_flight_bytes(chunk, whole - 1, waiting + 1, heads + 1, copies=False)
+        ends = np.maximum(ends, late)
+    first = first_layer(blocks, layers)
+    at_end = split & (ends + first + transfers.total > begins + logits + working + moving)
+    return _Moment(
+        activations=np.where(at_end, ends, begins),
+        logits=~at_end * logits,
+        workspace=np.where(at_end, first, working),
+        communication=np.where(at_end, transfers.total, moving),
+    )

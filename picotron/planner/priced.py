@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 from picotron.planner.anchor import anchored
 from picotron.planner.cases import (
     Cases,
+    Column,
     LayoutColumns,
     MachineColumns,
     ModelColumns,
@@ -26,7 +27,7 @@ from picotron.planner.columns_of import machine_columns, work_columns
 from picotron.planner.constants import Constants, default_constants, replaced
 from picotron.planner.constraints import Rows
 from picotron.planner.estimate import TimeEstimate, estimate_seconds
-from picotron.planner.estimate_memory import MemoryEstimate, estimate_bytes
+from picotron.planner.estimate_memory import MemoryEstimate, always_bytes, estimate_bytes
 from picotron.planner.space import CHOICES, Space
 
 
@@ -60,9 +61,13 @@ class Prices:
         constants = _without(without) if without else None
         return estimate_seconds(self.cases(rows), constants, mean_layers=mean_layers)
 
-    def memory(self, rows: Rows, *, num_microbatches: int | None = None) -> MemoryEstimate:
+    def memory(self, rows: Rows) -> MemoryEstimate:
         """The bytes of every row."""
-        return estimate_bytes(self.cases(rows, num_microbatches=num_microbatches))
+        return estimate_bytes(self.cases(rows))
+
+    def always(self, rows: Rows) -> Column:
+        """The bytes of every row that stand all the time, however many microbatches a step has."""
+        return always_bytes(self.cases(rows, num_microbatches=1))
 
 
 def prices(space: Space, software: SoftwareColumns) -> Prices:

@@ -19,12 +19,21 @@ import numpy as np
 from attrs import frozen
 
 from picotron.planner.body import INDEX_BYTES
-from picotron.planner.cases import ATTENTIONS, KERNEL_SETS, PRODUCT_FORMATS, RECOMPUTES, Cases, Column
+from picotron.planner.cases import (
+    ATTENTIONS,
+    KERNEL_SETS,
+    PRODUCT_FORMATS,
+    RECOMPUTES,
+    Cases,
+    Column,
+    ModelColumns,
+)
 from picotron.planner.held_weights import Widths
 
 EAGER, FUSED, COMPILED = range(len(KERNEL_SETS))
 UNFUSED, FUSED_SOFTMAX = ATTENTIONS.index("unfused"), ATTENTIONS.index("fused-softmax")
 NARROW_FORMATS = ("fp8", "mxfp8", "fp8-blockwise", "nvfp4")
+BEFORE_NORMS = "queries and keys before their norms"
 Tensors = Mapping[str, Column]
 
 
@@ -93,6 +102,7 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
             "context": t.whole * w.context * t.item,
             "context in the product's format": narrow * t.whole * w.context * t.product,
             "dropout mask": masks,
+            BEFORE_NORMS: model.head_norms * t.whole * ((w.query + w.key) + _heads(model, w)) * t.item,
         },
         core=_core(cases, t),
         dense={
@@ -106,6 +116,12 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
         embedding={"token ids": t.whole * INDEX_BYTES},
         boundary=boundary,
     )
+
+
+def _heads(model: ModelColumns, w: Widths) -> Column:
+    """Heads of queries and of keys on a rank: as many statistics of their norms a token."""
+    heads: Column = (w.query + w.key) / model.head_dim
+    return heads
 
 
 def _has_dropout(cases: Cases) -> Column:
@@ -167,31 +183,42 @@ def total(tensors: Tensors) -> Column:
 class LayerBytes:
     """Bytes that one layer keeps of a microbatch.
 
-    ``kept`` after forward, a mean over the layers where only some are recomputed; ``whole`` without
-    recompute; ``for_weights`` between I and W of a split backward (inputs of products, gradients of outputs).
-    ``grown`` is by how much that is more than ``whole`` in the MLP alone.
+    ``whole`` after forward without recompute, ``dropped`` of it where it is recomputed; ``for_weights``
+    between I and W of a split backward (inputs of products, gradients of outputs). ``grown`` is by how much
+    that is more than ``whole`` in the MLP alone.
     """
 
-    kept: Column
     whole: Column
+    dropped: Column
     for_weights: Column
     grown: Column
 
+    @property
+    def kept(self) -> Column:
+        """After forward, of a layer that is recomputed if any is."""
+        left: Column = self.whole - self.dropped
+        return left
 
-def layer_bytes(cases: Cases, saved: SavedTensors, mlp: Tensors, t: Tokens, product: Column) -> LayerBytes:
-    """Of the layer whose MLP keeps ``mlp``; ``product`` is what its second product reads."""
+
+def layer_bytes(
+    cases: Cases, saved: SavedTensors, mlp: Tensors, gradient: Column, *, beside: Column
+) -> LayerBytes:
+    """Of the layer whose MLP keeps ``mlp``.
+
+    W needs ``gradient``, that of attention's output, and of the MLP what stands ``beside`` its saved tensors
+    or their gradients, which are as large.
+    """
     layout, core = cases.layout, total(saved.core)
     fused = cases.software.kernels == FUSED
     whole = total(saved.attention) + core + total(mlp)
     selective = layout.recompute == RECOMPUTES.index("selective")
     full = layout.recompute == RECOMPUTES.index("full")
     dropped = np.where(full, whole - saved.boundary, selective * dropped_core(cases, saved))
-    gradient = t.whole * cases.model.hidden * t.item
     return LayerBytes(
-        kept=whole - (selective | full) * layout.recompute_layers * dropped,
         whole=whole,
-        for_weights=whole - core + ~fused * (product + 2 * gradient),
-        grown=~fused * (product + gradient + 2 * saved.boundary),
+        dropped=dropped * 1.0,
+        for_weights=whole - core - saved.attention[BEFORE_NORMS] + ~fused * (beside + gradient),
+        grown=~fused * (beside + 2 * saved.boundary),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from attrs import frozen
 
 from picotron.planner.cases import ARCHITECTURES, ATTENTIONS, RECOMPUTES, SCHEDULE_NAMES, Cases, Column
 from picotron.planner.held_weights import HeldWeights
@@ -66,25 +67,71 @@ def position_table(cases: Cases) -> Column:
     return table
 
 
-def communication(blocks: Blocks, layers: RankLayers, held: HeldWeights, standing: StandingBytes) -> Column:
-    """Transfers of the pipeline, keys and values of the ring, gathered weights and gradients to be reduced.
+@frozen(kw_only=True, eq=False)
+class Transfers:
+    """Bytes on their way, and ``ahead`` of them what does not stand while the head computes forward."""
 
-    Of sharded parameters two layers are whole at a time, one of them ahead of its use, and the tables; of
-    sharded gradients a bucket, which holds a layer's or the tables' at least.
-    """
+    total: Column
+    ahead: Column
+
+
+def communication(
+    blocks: Blocks, layers: RankLayers, held: HeldWeights, standing: StandingBytes
+) -> Transfers:
+    """Transfers of the pipeline, keys and values of the ring, gathered weights, gradients to be reduced."""
     cases, w, t = blocks.cases, blocks.widths, blocks.tokens
-    layout, work = cases.layout, cases.work
+    layout = cases.layout
     eager = cases.software.kernels == EAGER
     pending = np.where(eager, _pending(cases, layers), 1) * (layout.pp > 1)
     pipeline = pending * blocks.saved.boundary
     ring = (layout.cp > 1) * ~eager * 2 * t.whole * (w.key + w.value) * t.item
-    gathered = (2 * held.largest_layer + held.table) * work.compute_bytes
-    bucket = np.maximum(
-        np.maximum(held.largest_layer, held.table) * work.wire_bytes, cases.software.bucket_bytes
+    if not np.any(layout.zero_stage >= 2):
+        return Transfers(total=pipeline + ring, ahead=np.zeros(()))
+    table = w.vocab * cases.model.hidden * cases.work.compute_bytes
+    gathered = np.minimum(
+        _gathered(blocks, layers, held, standing, table),
+        np.where(eager, standing.whole, standing.gathered),
     )
-    reduced = np.minimum(bucket, standing.reduced)
-    transfers: Column = pipeline + ring + np.minimum(gathered, standing.gathered) + reduced
-    return transfers
+    reduced = np.minimum(_reduced(blocks, layers, held), standing.reduced)
+    first = microbatches(cases.work, layout) * layout.virtual_stages == 1
+    ahead = eager * (np.maximum(gathered - table, 0) + first * reduced)
+    return Transfers(total=pipeline + ring + gathered + reduced, ahead=ahead)
+
+
+def _gathered(
+    blocks: Blocks, layers: RankLayers, held: HeldWeights, standing: StandingBytes, table: Column
+) -> Column:
+    """Of sharded parameters two layers are whole at a time, one of them ahead of its use, and the tables.
+
+    In *eager* a table or a layer is gathered ahead, and none of another stage; whole ones, beside a rank's
+    own share, of what is shared at all.
+    """
+    size = blocks.cases.work.compute_bytes
+    layer = held.largest_layer - ~standing.experts_shared * (layers.sparse > 0) * blocks.layer.experts
+    several = layers.all > blocks.cases.layout.virtual_stages
+    ahead = np.maximum(several * layer * size, np.maximum(layers.first, layers.last) * table)
+    every = (2 * held.largest_layer + held.table) * size
+    eager = blocks.cases.software.kernels == EAGER
+    gathered: Column = np.where(eager, layer * size + ahead, every)
+    return gathered
+
+
+def _reduced(blocks: Blocks, layers: RankLayers, held: HeldWeights) -> Column:
+    """Of sharded gradients a bucket, which holds a layer's or the tables' at least.
+
+    In *eager* two: one is filled while one is reduced. Each takes tensors until it has reached its size.
+    """
+    work, bucket = blocks.cases.work, blocks.cases.software.bucket_bytes
+    matrices, model = blocks.layer.matrices, blocks.cases.model
+    dense = np.maximum(matrices["product"], matrices["up"] / (1 + model.gated))
+    sparse = np.maximum(matrices["shared product"], matrices["expert product"])
+    tensor = np.maximum(matrices["output"], matrices["query, key and value"])
+    tensor = np.maximum(tensor, np.maximum((layers.dense > 0) * dense, (layers.sparse > 0) * sparse))
+    tensor = np.maximum(tensor, np.maximum(layers.first, layers.last) * blocks.widths.vocab * model.hidden)
+    layer = np.maximum(held.largest_layer, held.table) * work.wire_bytes
+    eager = blocks.cases.software.kernels == EAGER
+    reduced: Column = np.where(eager, 2 * (bucket + tensor * work.wire_bytes), np.maximum(layer, bucket))
+    return reduced
 
 
 def _pending(cases: Cases, layers: RankLayers) -> Column:

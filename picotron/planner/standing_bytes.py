@@ -25,6 +25,8 @@ class StandingBytes:
     main: Column
     moments: Column
     gathered: Column  # bytes of parameters that are on other ranks
+    whole: Column  # bytes of the tensors that are gathered
+    experts_shared: Column  # whether experts are among them
     reduced: Column  # bytes of whole gradients where a rank keeps a share, as they travel
     update: Column  # what the optimizer's step makes for a moment
 
@@ -47,6 +49,7 @@ def standing_bytes(cases: Cases, held: HeldWeights) -> StandingBytes:
     own = np.where(layout.zero_stage >= 1, share, every) * on_device
     gradients = np.where(layout.zero_stage >= 2, share * on_device, every)
     parameters = np.where(layout.zero_stage >= 3, share, every)
+    sharded = (layout.zero_stage >= 3) & (ranks > 1)
     shared_main = (cases.software.kernels == COMPILED) & (layout.zero_stage >= 3) & (work.main_bytes > 0)
     return StandingBytes(
         parameters=work.compute_bytes * parameters * ~(shared_main & (on_device > 0)),
@@ -54,6 +57,8 @@ def standing_bytes(cases: Cases, held: HeldWeights) -> StandingBytes:
         main=work.main_bytes * own,
         moments=work.moment_bytes * own,
         gathered=work.compute_bytes * (every - parameters),
+        whole=sharded * work.compute_bytes * (held.common + (expert_ranks > 1) * held.experts),
+        experts_shared=expert_ranks > 1,
         reduced=(layout.zero_stage >= 2) * (ranks > 1) * work.wire_bytes * every,
         update=(work.gradient_bytes < work.main_bytes) * work.main_bytes * own,
     )

@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 import pytest
 
+from picotron.planner.body import Body, segment_memory
 from picotron.planner.cases import (
     ATTENTIONS,
     KERNEL_SETS,
@@ -22,13 +23,18 @@ from picotron.planner.cases import (
     columns,
 )
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.columns_of import machine_columns
+from picotron.planner.columns_of import cases_of_plan, machine_columns
 from picotron.planner.estimate_memory import CLASSES, bytes_at, estimate_bytes
 from picotron.planner.held_weights import layer_weights, widths
 from picotron.planner.in_flight import in_flight
+from picotron.planner.model import ModelSpec
+from picotron.planner.moving_bytes import blocks_of
+from picotron.planner.plan import plan
+from picotron.planner.rank_bytes import bytes_by_rank
 from picotron.planner.saved_tensors import saved_tensors, tokens, total
 from picotron.planner.software import software_columns, software_profile
 from picotron.planner.stage_columns import rank_layers
+from picotron.planner.workload import Workload
 
 NO_MODEL = dict.fromkeys((f.name for f in attrs.fields(ModelColumns)), 0)
 LLAMA_12 = NO_MODEL | {  # Llama-3-70B with 12 of its layers
@@ -314,3 +320,46 @@ def test_a_loss_by_chunks_keeps_no_logits() -> None:
 
     assert of("in place") - of("chunked") == 4096 * 128256 // 8 * 2
     assert of("copy") > of("in place")
+
+
+@pytest.mark.parametrize(
+    ("model", "choices"),
+    [
+        ("llama-3.1-8b", {"schedule": "zb-v", "offload": True}),  # I keeps for W what no offload moves
+        ("llama-3.1-8b", {"schedule": "interleaved-zb", "virtual_stages": 2, "offload": True}),
+        ("llama-3.1-8b", {"schedule": "zb-v", "recompute": "full"}),  # fullest with most between I and W
+        ("llama-3.1-8b", {"schedule": "v-half", "recompute": "full"}),
+        ("llama-3.1-8b", {"schedule": "afab", "offload": True}),  # logits of all microbatches
+        ("llama-3.1-8b", {"zero_stage": 2}),  # two buckets of the table's size
+        ("llama-3.1-8b", {"recompute": (*["none", "full"] * 4,), "offload": (*[False, True] * 4,)}),
+        ("mixtral-8x7b", {"schedule": "zb-h1", "offload": True}),
+        ("mixtral-8x7b", {"zero_stage": 3}),  # experts' gradients in buckets smaller than a layer
+    ],
+)
+def test_a_plan_and_its_columns_hold_the_same(model: str, choices: dict[str, Any]) -> None:
+    """Eight layers on four stages of two ranks: within 3 % of the exact timelines, framework aside."""
+    spec = attrs.evolve(ModelSpec.from_hf(model), num_layers=8)
+    work = Workload(global_batch=16, seq_len=4096)
+    made = plan(spec, ClusterSpec.parse("h100:1x8"), work, pp=4, **choices)
+    made = attrs.evolve(made, stage_layers=(8 // made.num_stages,) * made.num_stages, chosen=())
+    held = max(bytes_by_rank(made), key=lambda own: own.reserved_bytes)
+    found = float(np.max(estimate_bytes(cases_of_plan(made)).reserved_bytes))
+    assert found - held.framework_bytes == pytest.approx(held.reserved_bytes - held.framework_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gpt2", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"])
+@pytest.mark.parametrize(("tp", "cut"), [(1, False), (2, False), (2, True)])
+def test_what_a_layer_leaves(model: str, tp: int, cut: bool) -> None:
+    """After F, and between I and W, the bytes of a plan's own bodies, in every kind of layer."""
+    spec, work = ModelSpec.from_hf(model), Workload(global_batch=2, seq_len=1024)
+    machine = ClusterSpec.parse(f"h100:1x{3 * tp}")
+    made = plan(spec, machine, work, pp=3, tp=tp, sequence_parallel=cut, schedule="zb-h1")
+    bodies, blocks = made.bodies(1), blocks_of(cases_of_plan(made), imbalance=1.0)
+
+    def left(body: Body) -> float:
+        return float(sum(segment_memory(segment)[0].sum() for segment in body.segments))
+
+    layer, layers = blocks.sparse if spec.experts else blocks.dense, made.stage_layers[1]
+    forward = left(bodies.forward)
+    assert float(layer.whole) * layers == forward
+    assert float(layer.for_weights) * layers == forward + left(bodies.backward_input)
