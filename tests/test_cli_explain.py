@@ -42,6 +42,7 @@ def test_what_ifs_are_differences(run: Run, saved: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
+        (["--set", "tp=2", "--set", "tp=1"], "--set must name each setting once, got tp=2 tp=1"),
         (["--set", "tp"], "--set must look like NAME=VALUE, got 'tp'"),
         (["--set", "tq=2"], "did you mean tp"),
         (["--set", "tp=x"], "--set tp must have a value of its kind, got 'x'"),

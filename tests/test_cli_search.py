@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from picotron.cli.search import CHOICE_HELP
+from picotron.planner.cases import SCHEDULE_NAMES
 from picotron.planner.serialize import load_plan
 from picotron.planner.space import CHOICES
 from tests.test_cli import Run, refused, run
@@ -44,6 +45,9 @@ def test_json_tells_plans_front_and_counts(run: Run) -> None:
     counts = data["counts"]
     assert code == 0
     assert data["best"] == data["plans"][0]
+    choices = data["best"]["choices"]
+    assert choices["schedule"] in SCHEDULE_NAMES and choices["sequence_parallel"] in (True, False)
+    assert type(choices["tp"]) is type(choices["zero_stage"]) is int
     assert data["pareto"][0]["step_seconds"] == data["best"]["step_seconds"]
     assert counts["evaluated"] + counts["cut_by_memory"] + counts["cut_by_time"] == counts["candidates"]
     first, second = data["why"]

@@ -92,13 +92,18 @@ def add_parser(subparsers: Subparsers) -> None:
         example=EXAMPLE,
         json_help="print the plan's JSON in place of its picture",
     )
-    parser.add_argument("model", metavar="MODEL", help="a preset's name, or a path to a config.json")
-    parser.add_argument("--cluster", required=True, help="h100, h100:16x8 (nodes x devices) or a .json file")
-    parser.add_argument("-o", "--output", metavar="FILE", help="save the plan; - prints its JSON")
+    add_request(parser, "the plan")
     degrees = parser.add_argument_group("how the work is divided")
     for name, (options, words) in PLAN_FLAGS.items():
         degrees.add_argument(_flag(name), default=argparse.SUPPRESS, help=words, **options)
     add_workload(parser.add_argument_group("what is trained, and how"))
+
+
+def add_request(parser: argparse.ArgumentParser, saved: str) -> None:
+    """Declare what is asked for a model on a cluster, and where ``saved`` goes."""
+    parser.add_argument("model", metavar="MODEL", help="a preset's name, or a path to a config.json")
+    parser.add_argument("--cluster", required=True, help="h100, h100:16x8 (nodes x devices) or a .json file")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"save {saved}; - prints its JSON")
 
 
 def add_workload(group: Any) -> None:

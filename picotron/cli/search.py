@@ -9,7 +9,7 @@ from typing import Any
 from attrs import asdict, fields
 
 from picotron.cli.common import STANDARD, Subparsers, command, write_json, write_out, write_result
-from picotron.cli.plan import add_workload
+from picotron.cli.plan import add_request, add_workload
 from picotron.errors import PlanError
 from picotron.planner.candidates import Plans, Row, choice, in_words
 from picotron.planner.cases import ORDERS, RECOMPUTES, SCHEDULE_NAMES
@@ -61,9 +61,7 @@ def add_parser(subparsers: Subparsers) -> None:
         example=EXAMPLE,
         json_help="print plans, front and counts as JSON, in bytes and seconds",
     )
-    parser.add_argument("model", metavar="MODEL", help="a preset's name, or a path to a config.json")
-    parser.add_argument("--cluster", required=True, help="h100, h100:16x8 (nodes x devices) or a .json file")
-    parser.add_argument("-o", "--output", metavar="FILE", help="save the best plan; - prints its JSON")
+    add_request(parser, "the best plan")
     parser.add_argument("--profile", help=f"{', '.join(profile_names())} (default: the cluster's own)")
     parser.add_argument(
         "--memory-limit", type=float, metavar="GIB", help="of each device (default: all it has)"

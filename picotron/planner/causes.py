@@ -183,9 +183,7 @@ def _waits(step: SimulatedStep, number: int, own: Sequence[Row]) -> tuple[Parts,
         elif row.kind is Kind.WAIT or row.kind in _SUMMED:
             at = row.target if row.kind is Kind.WAIT else index
             until = max(now, end[at])
-            queued = (
-                row.kind is Kind.WAIT and own[at].kind in COLLECTIVES
-            )  # behind others of data parallelism
+            queued = row.kind is Kind.WAIT and own[at].kind in COLLECTIVES  # behind others like it
             moving = until - now if queued else max(0.0, until - max(now, start[at]))
             found[_AWAITED[own[at].kind]] += moving
             found["idle"] += until - now - moving

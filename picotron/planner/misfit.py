@@ -12,14 +12,17 @@ from picotron.planner.cluster import MOST_DEVICES, ClusterSpec, preset_names
 from picotron.planner.constraints import CONSTRAINTS, REPRESENTATIVES, Rows, broken
 from picotron.planner.priced import Prices
 from picotron.planner.space import (
+    ALL_RANKS,
     CELL,
     CHOICES,
+    NODE_RANKS,
     Space,
     cells,
     crossed,
     length,
     make_space,
     memory_modes,
+    node_ranks,
     schedulable,
     schedule_table,
     shardings,
@@ -76,9 +79,13 @@ def _asked_for(space: Space) -> Rows:
         fits = max(1, MOST_ROWS // length(rows))
         rows = crossed(rows, **{name: values[:fits]})
     ranks = rows["dp"] * rows["cp"]
-    stage = int(space.domains["zero_stage"][0])
-    asked = space.domains["shard"][0] if "shard" in space.asked and stage else 0
-    shard = np.full(len(ranks), asked) if asked > 0 else np.where(stage > 0, ranks, 1)
+    stages, asked = space.domains["zero_stage"], space.domains["shard"][0]
+    sharded = "shard" in space.asked and asked != ALL_RANKS
+    stage = int(next(filter(None, stages), 0) if sharded else stages[0])
+    shard = np.where(stage > 0, ranks, 1)
+    if sharded:
+        shard = node_ranks(known, rows) if asked == NODE_RANKS else np.full(len(ranks), asked)
+        shard = np.maximum(shard, 1 if stage else 2)  # without ZeRO any shard is one too many
     plain = {
         "zero_stage": stage,
         "recompute": 0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from attrs import field, frozen
 
+from picotron.errors import PlanError
 from picotron.planner.candidates import Plans, in_words
 from picotron.planner.interval import Interval
 from picotron.planner.plan import TrainingPlan
@@ -16,6 +17,7 @@ from picotron.planner.predict import Prediction, predict
 from picotron.planner.priced import Prices
 from picotron.planner.refine import Refined, refined
 from picotron.planner.space import Space
+from picotron.planner.validators import is_count, shown
 
 if TYPE_CHECKING:
     from picotron.planner.why import Why
@@ -106,6 +108,8 @@ class SearchResult(Sequence[TrainingPlan]):
 
         Once asked for, they stand beside the estimates wherever the result is shown.
         """
+        if not is_count(count):
+            raise PlanError(f"count must be a whole number of at least 0, got {shown(count)}")
         wanted = range(min(count, len(self)))
         for index in wanted:
             if progress is not None and index not in self.predictions:
@@ -143,6 +147,8 @@ class SearchResult(Sequence[TrainingPlan]):
 
         Layers are moved one at a time between stages; a cut counts if its step is faster and every rank fits.
         """
+        if not is_count(index) or index >= len(self):
+            raise PlanError(f"a plan's number must be in [0, {len(self)}), got {shown(index)}")
         return refined(self._predicted(index), self.limit_bytes)
 
     def why(self, layout: TrainingPlan | str | None = None, **choices: Any) -> Why:

@@ -52,6 +52,17 @@ def test_a_cpu_has_nothing_beyond_its_program() -> None:
     assert predict(made).step_seconds == simulate_step(made).step_seconds
 
 
+def test_experts_are_summed_each_microbatch_under_zero_2() -> None:
+    """Four microbatches: three sums more than under ZeRO-1, in columns as in the program."""
+    model, work = ModelSpec.from_hf("mixtral-8x7b"), Workload(global_batch=128, seq_len=4096)
+    one, two = (
+        plan(model, ClusterSpec.parse("h100:4x8"), work, dp=32, ep=4, zero_stage=stage) for stage in (1, 2)
+    )
+    estimated = float(np.ravel(estimate_seconds(cases_of_plan(two)).step_seconds)[0])
+    assert predict(two).step_seconds == pytest.approx(estimated, rel=0.01)
+    assert predict(two).step_seconds > 1.03 * predict(one).step_seconds
+
+
 @pytest.mark.parametrize(
     ("model", "cluster", "profile"),
     [("llama-3.1-8b", "h100:2x8", "megatron-2025"), ("mixtral-8x7b", "a100-80gb:4x8", "picotron")],

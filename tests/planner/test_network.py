@@ -8,6 +8,7 @@ from attrs import evolve
 
 from picotron.planner.cluster import ClusterSpec, group_link
 from picotron.planner.collectives import collective_seconds
+from picotron.planner.constants import default_constants
 from picotron.planner.network import (
     Group,
     all_reduce_seconds,
@@ -101,3 +102,13 @@ def test_columns_of_switches_that_sum_are_the_scalar_ones() -> None:
             assert all_reduce_seconds(link, BYTES, where) == pytest.approx(
                 scalar, rel=5e-3
             )  # latencies apart
+
+
+def test_switches_that_sum_reach_less_of_their_rate_than_a_ring() -> None:
+    """By the table's share: eight ranks gain less than the 7/4 that their bytes would give."""
+    machine = evolve(CASES.machine, intra_reduces=np.asarray(1.0))
+    ring, sums = (
+        float(all_reduce_seconds(links(each, default_constants()), BYTES, NODE))
+        for each in (CASES, evolve(CASES, machine=machine))
+    )
+    assert ring / sums == pytest.approx(7 / 4 * float(default_constants()["switch_share"]), rel=0.02)

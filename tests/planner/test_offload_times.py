@@ -9,7 +9,7 @@ from picotron.planner.cluster import ClusterSpec
 from picotron.planner.columns_of import cases_of_plan
 from picotron.planner.estimate import estimate_seconds
 from picotron.planner.model import ModelSpec
-from picotron.planner.offload_times import layer_bytes
+from picotron.planner.offload_times import layer_bytes, offload_waits
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.stage import offloaded_bytes
@@ -60,3 +60,18 @@ def test_what_does_not_hide_is_what_the_program_waits(options: dict[str, object]
     exact = predict(made).step_seconds / predict(without).step_seconds
     assert exact > 1.02
     assert longer == pytest.approx(exact, rel=0.04)
+
+
+def test_what_comes_back_hides_under_i_alone_where_backwards_are_split() -> None:
+    """Copies of 3 s beside a forward of 2 s, a whole backward of 4 s, or an I of 1.5 s."""
+    whole, split = (
+        offloading("llama-3.1-8b", dp=4, pp=2, schedule=name, stage_layers=(16, 16))
+        for name in ("1f1b", "zb-h1")
+    )
+    second = (
+        float(np.ravel(layer_bytes(cases_of_plan(whole)))[0]) / whole.cluster.device.host_bytes_per_second
+    )
+    layers, passes = np.asarray(3.0 / second), (np.asarray(2.0), np.asarray(4.0), np.asarray(2.5))
+    for made, expected in ((whole, (1.0, 0.0)), (split, (1.0, 1.5))):
+        waits = offload_waits(cases_of_plan(made), layers, *passes)
+        assert [float(np.ravel(each)[0]) for each in waits] == pytest.approx(expected)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -425,3 +426,24 @@ def test_a_shard_that_is_asked_for_is_in_the_plan():
     """It is not dropped for a plan without ZeRO."""
     found = search(MODEL, NODE, WORK, shard=2)
     assert all(one.zero_stage > 0 and 2 in (one.shard, one.topology.dp * one.topology.cp) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("choices", "rule"),
+    [
+        ({"shard": 5}, "shard must divide the dp * cp data-parallel ranks, got shard=5"),
+        ({"shard": "node", "zero_stage": 0}, "nothing is shared without it"),
+    ],
+)
+def test_a_shard_that_cannot_be_is_refused_by_its_rule(choices, rule):
+    """And not by a layout that would do without."""
+    with pytest.raises(PlanError, match=re.escape(rule)):
+        search(MODEL, NODE, WORK, **choices)
+
+
+def test_numbers_of_plans_are_checked(result):
+    """What is no number of a plan is refused before anything is simulated."""
+    beyond = len(result)
+    for ask in (lambda: result.simulated(-1), lambda: result.simulated("a"), lambda: result.refined(beyond)):
+        with pytest.raises(PlanError, match=r"must be (a whole number|in \[0, )"):
+            ask()
