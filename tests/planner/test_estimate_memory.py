@@ -24,7 +24,7 @@ from picotron.planner.cases import (
 )
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.columns_of import cases_of_plan, machine_columns
-from picotron.planner.estimate_memory import CLASSES, bytes_at, estimate_bytes
+from picotron.planner.estimate_memory import APART, CLASSES, bytes_at, estimate_bytes
 from picotron.planner.held_weights import layer_weights, widths
 from picotron.planner.in_flight import in_flight
 from picotron.planner.model import ModelSpec
@@ -363,3 +363,22 @@ def test_what_a_layer_leaves(model: str, tp: int, cut: bool) -> None:
     forward = left(bodies.forward)
     assert float(layer.whole) * layers == forward
     assert float(layer.for_weights) * layers == forward + left(bodies.backward_input)
+
+
+def test_the_fullest_rank_is_the_one_that_reserves_most() -> None:
+    """Where the first of four ranks has most tensors, and the last more that comes and goes."""
+    made = plan(
+        ModelSpec.from_hf("llama-3.1-8b"),
+        ClusterSpec.parse("h100:1x8"),
+        Workload(global_batch=64, seq_len=512),
+        pp=4,
+        dp=2,
+        schedule="zb-h1",
+        micro_batch=4,
+    )
+    case = cases_of_plan(made)
+    ranks = [bytes_at(case, np.float64(rank)) for rank in range(4)]
+    reserved = [float(np.ravel(sum(each.values()))[0]) for each in ranks]
+    tensors = [float(np.ravel(sum(each[name] for name in CLASSES if name not in APART))[0]) for each in ranks]
+    assert tensors.index(max(tensors)) == 0
+    assert int(np.ravel(estimate_bytes(case).rank)[0]) == reserved.index(max(reserved)) == 3
