@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from attrs import evolve, fields
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from picotron.planner.cases import ORDERS, SCHEDULE_NAMES, Cases
@@ -73,6 +73,25 @@ FASTER = (
 )
 
 
+OFFLOADED = {
+    "dp": 32,
+    "pp": 1,
+    "cp": 1,
+    "tp": 2,
+    "ep": 4,
+    "virtual_stages": 1,
+    "schedule": 0,
+    "micro_batch": 2,
+}
+OFFLOADED |= {"zero_stage": 3, "shard": 1, "sequence_parallel": 0, "recompute": 0, "offload": 0.5}
+
+
+@example(  # copies to the host and gathers once hid under the same computing
+    {"model": "qwen3-30b-a3b", "cluster": "h100:128x8", "profile": "torchtitan", "attention": "unfused"},
+    OFFLOADED | {"recompute_layers": 0.25, "ends": 0, "order": 0},
+    ["peak_flops", "peak_16bit"],
+    2.0,
+)
 @given(described, classic, st.sampled_from(FASTER), st.floats(1.0, 8.0))
 def test_a_faster_machine_is_never_slower(
     about: dict[str, Any], layout: dict[str, Any], columns: list[str], factor: float
