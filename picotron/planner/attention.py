@@ -1,14 +1,12 @@
 """Bodies of attention, with projections apart or fused (GPT-2), forward and backward.
 
-They mirror the runtime's segments step by step. Causal attention is counted as flash kernels run it: half
-of the score matrix, and the scores once more in backward (Dao et al. 2022, arXiv:2205.14135).
+They mirror the runtime's segments step by step; what is between the projections is in ``attention_core``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from picotron.planner.body import Dims, Operation, Tensor
+from picotron.planner.attention_core import Core, attend, attend_backward
+from picotron.planner.body import Dims, Tensor
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
 from picotron.planner.products import bias_gradient, biased_input_backward, output_backward, output_projection
@@ -51,19 +49,13 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
             )
     _rotate(ops, model)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)
-    attend(ops, forward=True, creates=[context, log_sum_exp(ops)])
+    attend(ops, Core(inputs=[ops.saved(name, d.tokens * width) for name, width in sizes], context=context))
     output_projection(ops, d.heads * d.head_dim)
 
 
 def _head_norm_tensors(ops: Operations, name: str, heads: int) -> tuple[Tensor, Tensor]:
     d = ops.d
     return ops.saved(f"{name}_inverse", d.tokens * heads), ops.saved(name, d.tokens * heads * d.head_dim)
-
-
-def log_sum_exp(ops: Operations) -> Tensor:
-    """What flash attention keeps of each row of scores."""
-    d = ops.d
-    return ops.saved("log_sum_exp", d.tokens * d.heads, itemsize=d.statistics_itemsize)
 
 
 def _rotate(ops: Operations, model: ModelSpec) -> None:
@@ -82,31 +74,6 @@ def _rotate(ops: Operations, model: ModelSpec) -> None:
             )
 
 
-def attend(
-    ops: Operations, *, forward: bool, creates: Iterable[Tensor], frees: Iterable[Tensor] = (), v_dim: int = 0
-) -> None:
-    """Causal flash attention: half of the score matrix; backward computes the scores once more."""
-    d = ops.d
-    if d.context > 1:
-        kv_bytes = 2 * d.tokens * d.kv_heads * d.head_dim * d.itemsize
-        steps = (d.context - 1) if forward else 2 * (d.context - 1)
-        ops.collective("exchange", "ring of keys and values", steps * kv_bytes, group="cp")
-    keys = d.seq_len * d.context
-    one = d.batch * d.heads * d.seq_len * (keys + 1)  # 2 · (s · keys / 2) multiply-adds, a unit of head_dim
-    widths = (d.head_dim + (v_dim or d.head_dim)) if forward else (3 * d.head_dim + 2 * (v_dim or d.head_dim))
-    ops.operations.append(
-        Operation(
-            name="attention" if forward else "attention backward",
-            kind="attention",
-            flops=one * widths,
-            moved_bytes=(4 if forward else 8) * d.tokens * d.heads * d.head_dim * d.itemsize,
-            creates=tuple(creates),
-            frees=tuple(frees),
-            shape=(d.seq_len, keys, d.head_dim, d.batch * d.heads),
-        )
-    )
-
-
 def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Attention, backward."""
     d = ops.d
@@ -116,7 +83,7 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     sizes = _projections(model, d)
     inputs = [ops.saved(name, d.tokens * size) for name, size in sizes]
     gradients = [ops.tensor(f"d{name}", d.tokens * size) for name, size in sizes]
-    attend(ops, forward=False, creates=gradients, frees=[*inputs, context, log_sum_exp(ops), dcontext])
+    attend_backward(ops, Core(inputs=inputs, context=context, gradients=gradients), dcontext)
     _rotate(ops, model)
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
@@ -148,15 +115,9 @@ def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topolog
     d = ops.d
     source = ops.gathered("gather attention input", ops.norm(model))
     width = d.heads * d.head_dim
-    ops.matmul(
-        "c_attn",
-        d.tokens,
-        d.hidden,
-        3 * width,
-        creates=[ops.saved("qkv", d.tokens * 3 * width)],
-        frees=[source],
-    )
-    attend(ops, forward=True, creates=[ops.saved("context", d.tokens * width), log_sum_exp(ops)])
+    qkv = ops.saved("qkv", d.tokens * 3 * width)
+    ops.matmul("c_attn", d.tokens, d.hidden, 3 * width, creates=[qkv], frees=[source])
+    attend(ops, Core(inputs=[qkv], context=ops.saved("context", d.tokens * width)))
     output_projection(ops, width)
 
 
@@ -168,7 +129,7 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    attend(ops, forward=False, creates=parts, frees=[qkv, context, log_sum_exp(ops), dcontext])
+    attend_backward(ops, Core(inputs=[qkv], context=context, gradients=parts), dcontext)
     fused = ops.tensor("dqkv", d.tokens * 3 * width)
     ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
     biased_input_backward(ops, model, "c_attn", fused, 3 * width)

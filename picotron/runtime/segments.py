@@ -23,7 +23,9 @@ from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.communicator import Communicator
+from picotron.runtime.heads import HeadsAttention
 from picotron.runtime.kernels import Attention, LayerNorm, Norm, RmsNorm, rotate, vocabulary_slice
+from picotron.runtime.ring import RingAttention
 
 Saved = dict[str, Any]
 Product = tuple[str, torch.Tensor, torch.Tensor | None]  # weight, gradient of the output, input or NORMED
@@ -38,6 +40,16 @@ class Tokens(Protocol):
 
     def labels(self) -> torch.Tensor:
         """Fresh on the device."""
+
+
+class AttentionCore(Protocol):
+    """Attention that has been computed, once its backward has not."""
+
+    def context(self) -> torch.Tensor:
+        """What was attended to, [T, heads * d]."""
+
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of q, k and v, each [T, heads * d], from that of the context."""
 
 
 @define(kw_only=True)
@@ -71,6 +83,17 @@ class Context:
         if self.dims.tp > 1:
             self.communicator.all_reduce(full, "tp")
         return full
+
+    def attend(self, parts: dict[str, torch.Tensor]) -> AttentionCore:
+        """Causal attention of q, k and v, each [batch, s, heads, d]; over all ranks that share sequences.
+
+        ``parts`` may come back empty: what it held lives no longer than it is needed.
+        """
+        if self.dims.context == 1:
+            return Attention(parts["q"], parts["k"], parts["v"])
+        if self.dims.context_parallel == "ring":
+            return RingAttention(parts, self.communicator)
+        return HeadsAttention(parts, self.communicator)
 
     @property
     def vocabulary(self) -> tuple[int, int]:
@@ -249,7 +272,7 @@ class SplitAttention(SegmentRunner):
         for name in ("q", "k"):
             if self.context.rotary is not None:
                 rotate(parts[name], *self.context.rotary)
-        attention = Attention(parts["q"], parts["k"], parts["v"])
+        attention = self.context.attend(parts)
         saved["attention"] = attention
         y = self.context.reduce(torch.mm(attention.context(), self.w["o_proj.weight"].t()))
         if "o_proj.bias" in self.w:
@@ -258,7 +281,7 @@ class SplitAttention(SegmentRunner):
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        attention: Attention = saved.pop("attention")
+        attention: AttentionCore = saved.pop("attention")
         self._add_bias_gradient("o_proj.bias", dy)
         full = self.context.gather(dy)
         self._add_product(saved, "o_proj.weight", full, attention.context())
@@ -299,16 +322,19 @@ class FusedAttention(SegmentRunner):
         source = self._normed(x, saved)
         fused = torch.addmm(self.w["c_attn.bias"], source, self.w["c_attn.weight"])
         del source
-        q, k, v = (part.view(d.batch, d.seq_len, d.heads, d.head_dim) for part in fused.chunk(3, dim=1))
-        attention = Attention(q, k, v)
+        views = fused.view(d.batch, d.seq_len, 3 * d.heads, d.head_dim).chunk(3, dim=2)
+        del fused
+        parts = dict(zip(("q", "k", "v"), views, strict=True))
+        del views
+        attention = self.context.attend(parts)
         saved["attention"] = attention
-        del fused, q, k, v
+        del parts
         y = self.context.reduce(torch.mm(attention.context(), self.w["c_proj.weight"]))
         return y.add_(self.w["c_proj.bias"]).add_(x), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        attention: Attention = saved.pop("attention")
+        attention: AttentionCore = saved.pop("attention")
         self._add_bias_gradient("c_proj.bias", dy)
         full = self.context.gather(dy)
         self._add_product(saved, "c_proj.weight", full, attention.context())
