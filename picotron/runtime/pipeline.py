@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from attrs import define, frozen
 
 from picotron.errors import ExecutionError
 from picotron.planner.body import Category
-from picotron.planner.cost import of_kind, stage_cost
+from picotron.planner.layout import Placement
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored, rows
@@ -30,16 +31,12 @@ from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
 from picotron.runtime.kernels import rotary_tables
-from picotron.runtime.layout import DTYPES, WeightSource, initial_weights, slice_of
+from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
-from picotron.runtime.optimizer import (
-    clip_coefficient,
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    owned_square_norm,
-)
-from picotron.runtime.segments import Context, Saved, SegmentRunner, make_runner
+from picotron.runtime.optimizer import learning_rate
+from picotron.runtime.parameters import Parameters
+from picotron.runtime.segments import Context, SegmentRunner
+from picotron.runtime.stages import Stage
 from picotron.runtime.topology import open_groups
 
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
@@ -88,7 +85,6 @@ class _Walk:
     started: float
     inputs: dict[Passed, torch.Tensor]  # received or handed over, by the stage that takes it
     outputs: dict[Passed, torch.Tensor]  # to be sent, by the stage that made it
-    saved: dict[tuple[int, int], list[Saved]]
     posted: dict[int, _Posted]
     entries: list[Entry]
     memory: list[tuple[int, int, int, int]]
@@ -117,44 +113,35 @@ class Session:
         self.rows = rows(self.program, self.where.pp)
         self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
-        self.stages = plan.rank_stages(self.where.pp)
-        self.bodies = {stage: plan.bodies(stage, self.where.tp) for stage in self.stages}
-        self.costs = {stage: stage_cost(plan, stage, self.where.tp) for stage in self.stages}
         self.communicator = Communicator(backend, open_groups(plan, backend))
-        self.placements = plan.held(self.where)
-        self.dtype = DTYPES[plan.workload.precision]
-        self.weights = self._load(weights or initial_weights(plan))
-        self.flat_gradients, self.gradients = self._open_buckets()
+        self.parameters = Parameters(plan, self.where, backend.device, weights or initial_weights(plan))
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
-        self.stage_runners = {
-            stage: [make_runner(self.context, segment) for segment in plan.stage_segments[stage]]
-            for stage in self.stages
+        self.stages = {
+            stage: Stage(plan, stage, self.where.tp, self.context)
+            for stage in plan.rank_stages(self.where.pp)
         }
-        self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
         self.num_steps = 0
 
-    def _load(self, source: WeightSource) -> dict[str, torch.Tensor]:
-        return {
-            p.name: slice_of(source(p), p, self.where).to(self.backend.device, self.dtype)
-            for p in self.placements
-        }
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The rank's slice of each parameter, by name."""
+        return self.parameters.weights
 
-    def _open_buckets(self) -> tuple[dict[tuple[int, int], torch.Tensor], dict[str, torch.Tensor]]:
-        """One flat gradient buffer a bucket, by stage and index, and each parameter's view of its own."""
-        flat, views = {}, {}
-        for bucket in (bucket for stage in self.stages for bucket in self.plan.stage_buckets[stage]):
-            sizes = [self.weights[name].numel() for name in bucket.names]
-            buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.backend.device)
-            for name, part in zip(bucket.names, torch.split(buffer, sizes), strict=True):
-                views[name] = part.view(self.weights[name].shape)
-            flat[bucket.stage, bucket.index] = buffer
-        return flat, views
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The gradient of each, as the last step left it."""
+        return self.parameters.gradients
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where each lives."""
+        return self.parameters.placements
 
     @property
     def runners(self) -> list[SegmentRunner]:
         """The segments of all its stages, in order."""
-        return [runner for stage in self.stages for runner in self.stage_runners[stage]]
+        return [segment for stage in self.stages.values() for segment in stage.segments]
 
     def _open_context(self) -> Context:
         plan, model, device = self.plan, self.plan.model, self.backend.device
@@ -162,8 +149,10 @@ class Session:
         rotary = positions = None
         if model.rope_theta is not None:
             places = torch.arange(d.seq_len, device=device)
-            rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, self.dtype)
-        elif 0 in self.stages:
+            rotary = rotary_tables(
+                places, model.head_dim, model.rope_theta, model.rope_scaling, self.parameters.dtype
+            )
+        elif self.plan.stage_rank(0) == self.where.pp:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
             positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
         return Context(
@@ -182,9 +171,7 @@ class Session:
         """Everything that lives between steps, by the plan's categories."""
         positions = [] if self.context.positions is None else [self.context.positions]
         return {
-            "parameters": list(self.weights.values()),
-            "gradients": list(self.flat_gradients.values()),
-            "optimizer": optimizer_tensors(self.optimizer),
+            **self.parameters.standing(),
             "constants": [self.statistics, *(self.context.rotary or ()), *positions],
         }
 
@@ -196,13 +183,12 @@ class Session:
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
         tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
-        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, {}, [], [])
+        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
         self.communicator.measuring = measure_memory
         self.statistics.zero_()
-        for flat in self.flat_gradients.values():
-            flat.zero_()
+        self.parameters.zero_gradients()
         with torch.no_grad(), tracker or nullcontext():
             for index, row in enumerate(self.rows):
                 self._run(walk, index, row)
@@ -277,40 +263,35 @@ class Session:
 
     def _forward(self, walk: _Walk, index: int, row: Row) -> None:
         tokens = DeviceTokens(walk.batches[row.microbatch], self.backend.device)
-        x = walk.inputs.pop((True, row.stage, row.microbatch), None)
-        if x is None:
-            x = torch.empty(0, dtype=self.dtype, device=self.backend.device)
-        kept: list[Saved] = []
-        for number, runner in enumerate(self.stage_runners[row.stage]):
-            self._open_segment(walk, index, number)
-            x, saved = runner.forward(x, tokens)
-            kept.append(saved)
-            self._close_segment(walk, index, number)
-        walk.saved[row.stage, row.microbatch] = kept
-        self._pass_on(walk, (True, row.stage, row.microbatch), x)
+        passed = True, row.stage, row.microbatch
+        y = self.stages[row.stage].forward(
+            row.microbatch, tokens, walk.inputs.pop(passed, None), partial(self._around, walk, index, row)
+        )
+        self._pass_on(walk, passed, y)
 
     def _backward(self, walk: _Walk, index: int, row: Row) -> None:
-        """A full backward, or one of its halves, last segment first."""
-        gradient = walk.inputs.pop((False, row.stage, row.microbatch), None)
-        if gradient is None:
-            gradient = torch.empty(0, dtype=self.dtype, device=self.backend.device)
-        runners, kept = self.stage_runners[row.stage], walk.saved[row.stage, row.microbatch]
-        for order, number in enumerate(reversed(range(len(runners)))):
-            self._open_segment(walk, index, order)
-            if row.kind is Kind.BACKWARD:
-                gradient = runners[number].backward(kept.pop(), gradient)
-            elif row.kind is Kind.BACKWARD_INPUT:
-                gradient = runners[number].backward_input(kept[number], gradient)
-            else:
-                runners[number].backward_weight(kept.pop())
-            self._close_segment(walk, index, order)
-            for posted in self.anchored.get((index, number), ()):
-                self.backend.at(self.num_steps, posted, self.row_names[posted])
-                self._reduce(walk, posted, self.rows[posted])
-        if row.kind is not Kind.BACKWARD_INPUT:
-            del walk.saved[row.stage, row.microbatch]
+        passed = False, row.stage, row.microbatch
+        gradient = self.stages[row.stage].backward(
+            row.kind, row.microbatch, walk.inputs.pop(passed, None), partial(self._around, walk, index, row)
+        )
         if row.kind is not Kind.BACKWARD_WEIGHT:
-            self._pass_on(walk, (False, row.stage, row.microbatch), gradient)
+            self._pass_on(walk, passed, gradient)
+
+    @contextmanager
+    def _around(self, walk: _Walk, index: int, row: Row, order: int, place: int) -> Iterator[None]:
+        """One segment of a row: its collectives, its memory, and the rows that are posted once it has run."""
+        body, cost = self.stages[row.stage].planned(row.kind, order)
+        action = f"{self.row_names[index]} {body.name}"
+        self.backend.at(self.num_steps, index, action)
+        self.communicator.open(action, index, body.collectives, cost.compute)
+        if walk.tracker is not None:
+            walk.tracker.restart_peak()
+        yield
+        self.communicator.close()
+        self._note_memory(walk, index, order)
+        for posted in self.anchored.get((index, place), ()):
+            self.backend.at(self.num_steps, posted, self.row_names[posted])
+            self._reduce(walk, posted, self.rows[posted])
 
     def _pass_on(self, walk: _Walk, made: Passed, tensor: torch.Tensor) -> None:
         """Leave what a stage has made to the next one on this rank, or to its send."""
@@ -320,20 +301,6 @@ class Session:
             walk.inputs[forward, following, microbatch] = tensor
         elif 0 <= following < self.plan.num_stages:
             walk.outputs[made] = tensor
-
-    def _open_segment(self, walk: _Walk, index: int, order: int) -> None:
-        row = self.rows[index]
-        segment = of_kind(self.bodies[row.stage], row.kind).segments[order]
-        cost = of_kind(self.costs[row.stage], row.kind)[order]
-        action = f"{self.row_names[index]} {segment.name}"
-        self.backend.at(self.num_steps, index, action)
-        self.communicator.open(action, index, segment.collectives, cost.compute)
-        if walk.tracker is not None:
-            walk.tracker.restart_peak()
-
-    def _close_segment(self, walk: _Walk, index: int, order: int) -> None:
-        self.communicator.close()
-        self._note_memory(walk, index, order)
 
     def _note_memory(self, walk: _Walk, index: int, operation: int) -> None:
         if walk.tracker is not None:
@@ -349,7 +316,9 @@ class Session:
             handle = self.communicator.send(tensor, peer, channel, row.bytes)
         else:
             d = self.context.dims
-            tensor = torch.empty(d.local_tokens, d.hidden, dtype=self.dtype, device=self.backend.device)
+            tensor = torch.empty(
+                d.local_tokens, d.hidden, dtype=self.parameters.dtype, device=self.backend.device
+            )
             handle = self.communicator.receive(tensor, peer, channel, row.bytes)
         self._note_posted(walk, index, "send" if row.kind in SENDS else "receive", handle, tensor)
 
@@ -377,7 +346,7 @@ class Session:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
 
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
-        flat = self.flat_gradients[row.stage, row.part]
+        flat = self.parameters.buckets[row.stage, row.part]
         group = self.program.groups[row.group]
         handle = self.communicator.start_all_reduce(flat, group, row.bytes)
         self._note_posted(walk, index, "collective", handle, flat)
@@ -402,7 +371,7 @@ class Session:
     def _norm(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
         """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
         where, last = self.where, self.plan.num_stages - 1 in self.stages
-        self.statistics[0] = owned_square_norm(self.placements, where, self.gradients)
+        self.statistics[0] = self.parameters.square_norm()
         if not (last and where.tp == 0):
             self.statistics[1:].zero_()
         elif where.dp or where.cp:
@@ -425,16 +394,8 @@ class Session:
         return span
 
     def _update(self) -> None:
-        work = self.plan.workload
-        coefficient = clip_coefficient(math.sqrt(float(self.statistics[0])), work.max_grad_norm)
-        if coefficient < 1.0:
-            for flat in self.flat_gradients.values():
-                flat.mul_(coefficient)
-        rate = learning_rate(work, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.backend.spend(sum(self.costs[stage].update_seconds for stage in self.stages))
+        self.parameters.update(self.num_steps, math.sqrt(float(self.statistics[0])))
+        self.backend.spend(sum(stage.costs.update_seconds for stage in self.stages.values()))
 
     def _now(self, walk: _Walk) -> float:
         return self.backend.mark() - walk.started

@@ -185,7 +185,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _finish(session: Session, aside: Path, final: Path, names: _Names) -> None:
     """Index and configuration, then the rename that makes the folder appear."""
-    config = {**to_hf(session.plan.model), "torch_dtype": str(session.dtype).removeprefix("torch.")}
+    config = {
+        **to_hf(session.plan.model),
+        "torch_dtype": str(session.parameters.dtype).removeprefix("torch."),
+    }
     _write_json(aside / "config.json", config)
     if session.plan.topology.pp > 1:
         total = sum(size for _, size in names.values())

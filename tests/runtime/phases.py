@@ -68,7 +68,7 @@ def _walk(made: TrainingPlan, order: list[str], backend: Backend, finish: bool) 
         level = tracker.live_bytes
         for phase, microbatch in order:
             kept = saved.setdefault(microbatch, [])
-            tensor = torch.empty(0, dtype=session.dtype)
+            tensor = torch.empty(0, dtype=session.parameters.dtype)
             for number, body in enumerate(segments[phase]):
                 runner = session.runners[number if phase == "F" else -1 - number]
                 tracker.restart_peak()

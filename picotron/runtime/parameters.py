@@ -1,0 +1,76 @@
+"""A rank's parameters, their gradients in the plan's buckets, and the optimizer that moves them."""
+
+from __future__ import annotations
+
+import torch
+
+from picotron.planner.body import Category
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.topology import Coordinate
+from picotron.runtime.layout import DTYPES, WeightSource, slice_of
+from picotron.runtime.optimizer import (
+    clip_coefficient,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    owned_square_norm,
+)
+
+
+class Parameters:
+    """What one rank holds of the model's parameters.
+
+    ``weights`` and ``gradients`` are by name; gradients are views of ``buckets``, one flat buffer for each
+    (stage, index) of the plan's buckets.
+    """
+
+    def __init__(
+        self, plan: TrainingPlan, where: Coordinate, device: torch.device, source: WeightSource
+    ) -> None:
+        self.plan, self.where = plan, where
+        self.placements = plan.held(where)
+        self.dtype = DTYPES[plan.workload.precision]
+        self.weights = {p.name: slice_of(source(p), p, where).to(device, self.dtype) for p in self.placements}
+        self.buckets: dict[tuple[int, int], torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self._open_buckets(device)
+        self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
+
+    def _open_buckets(self, device: torch.device) -> None:
+        """One flat gradient buffer a bucket, and each parameter's view of its own."""
+        stages = self.plan.rank_stages(self.where.pp)
+        for bucket in (bucket for stage in stages for bucket in self.plan.stage_buckets[stage]):
+            sizes = [self.weights[name].numel() for name in bucket.names]
+            buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=device)
+            for name, part in zip(bucket.names, torch.split(buffer, sizes), strict=True):
+                self.gradients[name] = part.view(self.weights[name].shape)
+            self.buckets[bucket.stage, bucket.index] = buffer
+
+    def standing(self) -> dict[Category, list[torch.Tensor]]:
+        """What lives between steps, by the plan's categories."""
+        return {
+            "parameters": list(self.weights.values()),
+            "gradients": list(self.buckets.values()),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the step before."""
+        for bucket in self.buckets.values():
+            bucket.zero_()
+
+    def square_norm(self) -> torch.Tensor:
+        """Sum of squares (fp64) of the gradients that this rank counts for the world."""
+        return owned_square_norm(self.placements, self.where, self.gradients)
+
+    def update(self, step: int, norm: float) -> None:
+        """The optimizer's step ``step``, after clipping gradients whose norm over the world is ``norm``."""
+        work = self.plan.workload
+        coefficient = clip_coefficient(norm, work.max_grad_norm)
+        if coefficient < 1.0:
+            for bucket in self.buckets.values():
+                bucket.mul_(coefficient)
+        rate = learning_rate(work, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
