@@ -1,15 +1,17 @@
 """Bodies of attention, with projections apart or fused (GPT-2), forward and backward.
 
-They mirror the runtime's segments step by step; what is between the projections is in ``attention_core``.
+They mirror the runtime's segments step by step.
 """
 
 from __future__ import annotations
 
-from picotron.planner.attention_core import Core, attend, attend_backward
+from picotron.planner.attention_core import Core, log_sum_exp, mark_core, product
 from picotron.planner.body import Dims, Tensor
+from picotron.planner.heads import heads_backward, heads_forward
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
 from picotron.planner.products import bias_gradient, biased_input_backward, output_backward, output_projection
+from picotron.planner.ring import ring_backward, ring_forward
 from picotron.planner.topology import Topology
 
 
@@ -49,7 +51,8 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
             )
     _rotate(ops, model)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)
-    attend(ops, Core(inputs=[ops.saved(name, d.tokens * width) for name, width in sizes], context=context))
+    inputs = [ops.saved(name, d.tokens * width) for name, width in sizes]
+    attend(ops, Core(inputs=inputs, context=context, v_dim=d.head_dim))
     output_projection(ops, d.heads * d.head_dim)
 
 
@@ -74,6 +77,24 @@ def _rotate(ops: Operations, model: ModelSpec) -> None:
             )
 
 
+def attend(ops: Operations, core: Core) -> None:
+    """The attention core, over all ranks that share sequences; ``core.inputs`` stay unless heads are sent."""
+    if ops.d.context > 1:
+        (ring_forward if ops.d.context_parallel == "ring" else heads_forward)(ops, core)
+        return
+    product(ops, core, creates=[core.context, log_sum_exp(ops)])
+    mark_core(ops, len(ops.operations) - 1)
+
+
+def attend_backward(ops: Operations, core: Core, dcontext: Tensor) -> None:
+    """Its backward; frees all that forward has left, and ``dcontext``."""
+    if ops.d.context > 1:
+        (ring_backward if ops.d.context_parallel == "ring" else heads_backward)(ops, core, dcontext)
+        return
+    frees = [*core.inputs, core.context, log_sum_exp(ops), dcontext]
+    product(ops, core, backward=True, creates=core.gradients, frees=frees)
+
+
 def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Attention, backward."""
     d = ops.d
@@ -83,7 +104,8 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     sizes = _projections(model, d)
     inputs = [ops.saved(name, d.tokens * size) for name, size in sizes]
     gradients = [ops.tensor(f"d{name}", d.tokens * size) for name, size in sizes]
-    attend_backward(ops, Core(inputs=inputs, context=context, gradients=gradients), dcontext)
+    core = Core(inputs=inputs, context=context, gradients=gradients, v_dim=d.head_dim)
+    attend_backward(ops, core, dcontext)
     _rotate(ops, model)
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
@@ -117,7 +139,8 @@ def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topolog
     width = d.heads * d.head_dim
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     ops.matmul("c_attn", d.tokens, d.hidden, 3 * width, creates=[qkv], frees=[source])
-    attend(ops, Core(inputs=[qkv], context=ops.saved("context", d.tokens * width)))
+    context = ops.saved("context", d.tokens * width)
+    attend(ops, Core(inputs=[qkv], context=context, v_dim=d.head_dim))
     output_projection(ops, width)
 
 
@@ -129,7 +152,7 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    attend_backward(ops, Core(inputs=[qkv], context=context, gradients=parts), dcontext)
+    attend_backward(ops, Core(inputs=[qkv], context=context, gradients=parts, v_dim=d.head_dim), dcontext)
     fused = ops.tensor("dqkv", d.tokens * 3 * width)
     ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
     biased_input_backward(ops, model, "c_attn", fused, 3 * width)

@@ -32,7 +32,8 @@ def token_positions(seq_len: int, cp: int, index: int, context: ContextParallel)
     if cp == 1:
         return np.arange(seq_len)
     if context == "all_to_all":
-        return np.arange(seq_len).reshape(cp, -1)[index]
+        first = index * (seq_len // cp)
+        return np.arange(first, first + seq_len // cp)
     chunks = np.arange(seq_len).reshape(2 * cp, -1)
     return np.concatenate([chunks[index], chunks[2 * cp - 1 - index]])
 

@@ -93,8 +93,8 @@ def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int)
     """Seconds of a collective over one group of ``group``, on the slowest of those groups.
 
     A ring uses every adapter of a node at once; in an all-to-all or an exchange (a message from each rank to
-    its neighbour) each byte takes its own device's adapter, so the slowest hop sets the pace. Over nodes an all-reduce takes a
-    double tree where that is quicker.
+    its neighbour) each byte takes its own device's adapter, so the slowest hop sets the pace. Over nodes an
+    all-reduce takes a double tree where that is quicker.
     """
     direct = kind in ("exchange", "all_to_all")
     members = groups(plan.topology, group)

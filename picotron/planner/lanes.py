@@ -20,8 +20,8 @@ from typing import NamedTuple, TypeAlias
 from attrs import define, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.clock import Operation, Span, advance
 from picotron.planner.body import WAIT
+from picotron.planner.clock import Operation, Span, advance
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored
 
@@ -224,7 +224,6 @@ class _Run:
             for posted in self.anchored[lane].get((index, number), ()):
                 self.pause(lane, posted)
                 self.post_row(lane, posted)
-
 
     def compute_segment(self, lane: int, segment: SegmentCost) -> _Walk:
         own, under_way = self.lanes[lane], deque[_Meeting]()

@@ -63,8 +63,8 @@ def plan(
 
     Left out, ``dp`` takes the devices that the other degrees leave, ``virtual_stages`` (stages of a pipeline
     rank) is what the schedule has by itself, ``sequence_parallel`` is on when tp > 1 and the tokens can be
-    cut, ``context`` is a ring unless only an all-to-all can cut what there is, and layers are split so that the dearest stage costs least. Raises PlanError for a request that
-    cannot be met.
+    cut, ``context`` is a ring unless only an all-to-all can cut what there is, and layers are split so that
+    the dearest stage costs least. Raises PlanError for a request that cannot be met.
     """
     check_kind("model", model, ModelSpec, "use ModelSpec.from_hf(...)")
     check_kind("cluster", cluster, ClusterSpec, "use ClusterSpec.preset(...) or ClusterSpec.parse(...)")

@@ -7,7 +7,8 @@ published rather than of a checked kernel set. Sources: DeepSeek-AI 2024, DeepSe
 
 from __future__ import annotations
 
-from picotron.planner.attention_core import Core, attend, attend_backward
+from picotron.planner.attention import attend, attend_backward
+from picotron.planner.attention_core import Core
 from picotron.planner.body import Tensor
 from picotron.planner.model import Experts, LatentAttention, ModelSpec
 from picotron.planner.operations import Operations

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from attrs import Attribute, Converter, field, frozen
 
 from picotron.errors import PlanError
@@ -17,7 +18,7 @@ from picotron.planner import plan_buckets, plan_program
 from picotron.planner.body import Bodies, Dims, dims
 from picotron.planner.catalogue import make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
-from picotron.planner.context import ContextParallel, check_context
+from picotron.planner.context import ContextParallel, check_context, token_positions
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket
 from picotron.planner.layout import Placement, is_held, layout, stage_segments
 from picotron.planner.model import ModelSpec, Segment
@@ -220,6 +221,10 @@ class TrainingPlan:
             tp_index=tp_index,
             context=self.context,
         )
+
+    def token_positions(self, cp_index: int) -> np.ndarray:
+        """Where the tokens of context-parallel rank ``cp_index`` stand in their sequence, ascending."""
+        return token_positions(self.workload.seq_len, self.topology.cp, cp_index, self.context)
 
     def bodies(self, stage: int, tp_index: int = 0) -> Bodies:
         """What ``stage`` does with one microbatch, phase by phase."""

@@ -161,9 +161,9 @@ class Backend(Protocol):
         """
 
     def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
-        """Send ``input`` to the next member, the last to the first; ``output`` becomes that of the one before.
+        """Send ``input`` to the next member, and receive ``output`` from the one before.
 
-        All members' tensors are of one size.
+        The last member's next is the first. All tensors are of one shape.
         """
 
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:

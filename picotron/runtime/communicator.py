@@ -61,7 +61,7 @@ class Communicator:
         self._finish(self.backend.reduce_scatter(output, input, self._group(group)))
 
     def all_to_all(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
-        """Send part i of ``input``, along dim 0, to member i, whose part for this rank is that of ``output``."""
+        """Send part i of ``input``, along dim 0, to member i, and receive its part as that of ``output``."""
         self._expect("all_to_all", group, input)
         self._finish(self.backend.all_to_all(output, input, self._group(group)))
 
@@ -84,7 +84,7 @@ class Communicator:
         self._finish(handle)
 
     def place(self, group: str) -> tuple[int, int]:
-        """This rank's index in ``group``, and the group's size."""
+        """Index of this rank in ``group``, and the group's size."""
         members = self._group(group)
         return members.index(self.backend.rank), members.size
 

@@ -1,4 +1,4 @@
-"""Attention by heads between two all-to-alls: the runtime's side of ``planner.attention_core``.
+"""Attention by heads between two all-to-alls: the runtime's side of ``planner.heads``.
 
 Every rank sends each other one its tokens of that rank's heads, attends to whole sequences with the heads it
 has then, and sends the context back (Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509). A key/value
@@ -24,7 +24,7 @@ class HeadsAttention:
         self.batch, self.s, heads, self.d = parts["q"].shape
         self.copies = head_copies(parts["k"].shape[2], self.size)
         shared = parts["k"].shape[2] * self.copies // self.size
-        self.widths = heads // self.size, shared, shared  # heads of a rank: of queries, keys and values
+        self.widths = [heads // self.size, shared, shared]  # heads of a rank: of queries, keys and values
         self.heads = self._by_head(self._packed(parts))
         self.out, self.log_sum_exp = flash.forward(*self._inputs(), causal=True)
         self.joined = self._by_token(self.out)
@@ -36,7 +36,7 @@ class HeadsAttention:
     def _packed(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """[cp, batch, s, heads of a rank, d]: for each rank its heads, those it shares with others too."""
         packed = parts["q"].new_empty(self.size, self.batch, self.s, sum(self.widths), self.d)
-        for name, places in zip(("q", "k", "v"), packed.split(self.widths, dim=3), strict=True):
+        for name, places in zip(("q", "k", "v"), torch.split(packed, self.widths, dim=3), strict=True):
             part = parts.pop(name)
             copies = 1 if name == "q" else self.copies
             for rank, place in enumerate(places):
@@ -45,9 +45,10 @@ class HeadsAttention:
         return packed
 
     def _by_head(self, sent: torch.Tensor) -> torch.Tensor:
-        """From [cp, batch, s, heads, d], a part for each rank, to [batch, all tokens, heads, d] of its own."""
+        """From [cp, batch, s, heads, d], a part for each rank, to [batch, all tokens, heads, d]."""
         received = torch.empty_like(sent)
         self.communicator.all_to_all(received, sent, "cp")
+        del sent
         if self.batch > 1:
             ordered = torch.empty_like(received).view(self.batch, self.size, *received.shape[2:])
             received = ordered.copy_(received.transpose(0, 1))
@@ -55,7 +56,7 @@ class HeadsAttention:
 
     def _inputs(self) -> list[torch.Tensor]:
         """Queries, keys and values of whole sequences."""
-        return [part.transpose(1, 2) for part in self.heads.split(self.widths, dim=2)]
+        return [part.transpose(1, 2) for part in torch.split(self.heads, self.widths, dim=2)]
 
     def _by_token(self, out: torch.Tensor) -> torch.Tensor:
         """From a context by head, [batch, heads, all tokens, d], to [T, all heads * d] of own tokens."""
@@ -69,23 +70,25 @@ class HeadsAttention:
         return joined.copy_(received.permute(1, 2, 0, 3, 4)).flatten(0, 1).flatten(1)
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of q, k and v, each [T, heads * d]; ``grad`` is [T, heads * d]. Lets go of what it has."""
-        received = grad.new_empty(self.size, self.batch, self.s, sum(self.widths), self.d)
-        self.communicator.all_to_all(received, self._packed_gradients(grad), "cp")
-        del self.joined
+        """Gradients of q, k and v from ``grad``, each [T, heads * d]. Lets go of all that it has."""
+        sent = self._packed_gradients(grad)
+        received = torch.empty_like(sent)
+        self.communicator.all_to_all(received, sent, "cp")
+        del sent, self.joined
         query = received[..., : self.widths[0], :].permute(1, 2, 0, 3, 4)
         return [
             grad.new_empty(query.shape).copy_(query).flatten(0, 1).flatten(1),
-            *(self._summed(part) for part in received.split(self.widths, dim=3)[1:]),
+            *(self._summed(part) for part in torch.split(received, self.widths, dim=3)[1:]),
         ]
 
     def _packed_gradients(self, grad: torch.Tensor) -> torch.Tensor:
         """[cp, batch, s, heads of a rank, d]: for each rank its tokens' gradients by this rank's heads."""
         upstream = self._by_head(self._parted(grad)).transpose(1, 2)
-        parts = flash.backward(upstream, *self._inputs(), self.out, self.log_sum_exp, causal=True)
-        del upstream, self.heads, self.out, self.log_sum_exp
+        query, key, value = self._inputs()
+        parts = flash.backward(upstream, query, key, value, self.out, self.log_sum_exp, causal=True)
+        del upstream, query, key, value, self.heads, self.out, self.log_sum_exp
         packed = grad.new_empty(self.size, self.batch, self.s, sum(self.widths), self.d)
-        for place, part in zip(packed.split(self.widths, dim=3), parts, strict=True):
+        for place, part in zip(torch.split(packed, self.widths, dim=3), parts, strict=True):
             tokens = part.transpose(1, 2).view(self.batch, self.size, self.s, -1, self.d)
             place.copy_(tokens.transpose(0, 1))
         return packed
@@ -97,7 +100,7 @@ class HeadsAttention:
 
     def _summed(self, part: torch.Tensor) -> torch.Tensor:
         """[T, kv heads * d] of [cp, batch, s, heads, d]: the copies of each head added."""
-        groups = part.unflatten(0, (-1, self.copies)).permute(2, 3, 0, 4, 1, 5)
+        groups = part.view(-1, self.copies, *part.shape[1:]).permute(2, 3, 0, 4, 1, 5)
         total = part.new_empty(*groups.shape[:4], self.d)
         torch.sum(groups, dim=4, out=total)
         return total.flatten(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""Ring attention over tokens cut in zigzag: the runtime's side of ``planner.attention_core``.
+"""Ring attention over tokens cut in zigzag: the runtime's side of ``planner.ring``.
 
 While a rank multiplies one block of keys and values, the next is on its way. In backward the gradients of a
 block follow it around the ring; what a rank holds of both is sent on as one message.
@@ -85,7 +85,7 @@ class RingAttention:
         flash.merge(out[:, :, queries], log_sum_exp[:, :, queries], part, part_sums)
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of q, k and v, each [T, heads * d]; ``grad`` is [T, heads * d]. Lets go of what it has."""
+        """Gradients of q, k and v from ``grad``, each [T, heads * d]. Lets go of all that it has."""
         batch, heads, s, d = self.query.shape
         upstream = grad.view(batch, s, heads, d).transpose(1, 2)
         held = self._packed()
@@ -132,10 +132,16 @@ class RingAttention:
     ) -> tuple[Span, torch.Tensor, torch.Tensor]:
         """Add to the queries' gradient; the keys, and their gradients and their values'."""
         queries, keys = span
-        own = (part[:, :, queries] for part in (upstream, self.query))
-        block = (part[:, keys].transpose(1, 2) for part in held[:2])
-        left = (part[:, :, queries] for part in (self.out, self.log_sum_exp))
-        part, dk, dv = flash.backward(*own, *block, *left, causal=False)
+        key, value = (part[:, keys].transpose(1, 2) for part in held[:2])
+        part, dk, dv = flash.backward(
+            upstream[:, :, queries],
+            self.query[:, :, queries],
+            key,
+            value,
+            self.out[:, :, queries],
+            self.log_sum_exp[:, :, queries],
+            causal=False,
+        )
         dq[:, :, queries].add_(part)
         return keys, dk, dv
 
