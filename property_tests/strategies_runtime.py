@@ -9,17 +9,17 @@ from typing import Any
 from attrs import frozen
 from hypothesis import strategies as st
 
-from picotron.planner.context import CONTEXTS
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
-from property_tests.strategies import plannable
+from property_tests.strategies import contexts, plannable
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
 
 MAX_RANKS = 16
 LARGEST_BATCH = 16  # sequences of a step
+LARGEST_STEP = 32  # microbatches of a step, counted on every rank
 MAX_CUTS = 8  # of a sequence, and of a layer
 MAX_STAGES = 6  # where a rank holds several
 ORDERS = (AXES, ("dp", "pp", "cp", "tp"), ("tp", "cp", "dp", "pp"))
@@ -96,20 +96,17 @@ def trainings(
     dp, pp, cp, tp = draw(st.sampled_from(all_degrees(max_ranks)))
     micro_batch = draw(st.integers(1, 2))
     least = -(-least_batch // (dp * micro_batch))
-    num_microbatches = draw(st.integers(least, max(least, min(5, LARGEST_BATCH // (dp * micro_batch)))))
+    most = min(5, LARGEST_BATCH // (dp * micro_batch), LARGEST_STEP // (dp * pp * cp * tp))
+    num_microbatches = draw(st.integers(least, max(least, most)))
     schedule, chunks = draw(plannable(pp, num_microbatches, max(pp, MAX_STAGES)))
     num_stages = pp * chunks
     stage_layers = tuple(draw(st.integers(1, 2 if num_stages < 3 else 1)) for _ in range(num_stages))
-    context = draw(st.sampled_from(CONTEXTS)) if cp > 1 else "ring"
-    by_head = context == "all_to_all"
-    model = draw(decoders(layers=sum(stage_layers), tp=tp, heads=cp if by_head else 1))
-    if by_head and max(1, model.num_kv_heads // tp) % cp and cp % max(1, model.num_kv_heads // tp):
-        context, by_head = "ring", False
+    model = draw(decoders(layers=sum(stage_layers), tp=tp, heads=draw(st.sampled_from((1, cp)))))
+    context = draw(st.sampled_from(contexts(model, cp, tp)))
     sequence_parallel = tp > 1 and draw(st.booleans())
     unit = tp // math.gcd(tp, micro_batch) if sequence_parallel else 1  # tp divides the tokens
     if cp > 1:
-        chunks_of_all = cp if by_head else 2 * cp
-        unit = math.lcm(chunks_of_all, cp * unit)
+        unit = math.lcm(2 * cp if context == "ring" else cp, cp * unit)
     work = draw(
         workloads(
             global_batch=dp * micro_batch * num_microbatches,
