@@ -67,6 +67,8 @@ ROWS = {
     "tp2-simulated": _row("simulated", WHOLE, peer_micro_batch=8),
     "tp2-gloo": _row("gloo", WHOLE, peer_micro_batch=8),
     "tp2-sp-gloo": _row("gloo", {**WHOLE, "sequence_parallel": True}, peer_micro_batch=8),
+    "cp2-gloo": _row("gloo", {"cp": 2, "micro_batch": 8}, peer_micro_batch=8),
+    "cp2-ulysses": _row("gloo", {"cp": 2, "micro_batch": 8, "context": "all_to_all"}, peer_micro_batch=8),
     "dp2-pp2-tp2-simulated": _row("simulated", CUBE),
     "dp2-pp2-tp2-gloo": _row("gloo", CUBE),
 }

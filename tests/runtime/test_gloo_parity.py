@@ -63,6 +63,10 @@ CASES: dict[str, Case] = {
     ),
     "dp2 tp2": ({"family": "qwen2"}, FP32, {"dp": 2, "tp": 2, "sequence_parallel": True}),
     "dp2 pp2 afab": ({"family": "gpt2", "tied": True}, FP32, {"dp": 2, "pp": 2, "schedule": "afab"}),
+    "cp2": ({"family": "llama"}, FP32, {"cp": 2, "micro_batch": 2}),
+    "cp2 tp2 sp": ({"family": "gpt2"}, {}, {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    "cp2 by head": ({"family": "qwen3"}, {}, {"cp": 2, "context": "all_to_all", "micro_batch": 2}),
+    "dp2 cp4": ({"family": "qwen2"}, {**FP32, "global_batch": 4}, {"dp": 2, "cp": 4}),
     "dp5": ({"family": "llama"}, {"global_batch": 10}, {"dp": 5}),
     "dp2 pp3": ({"family": "qwen3", "layers": 3}, {}, {"dp": 2, "pp": 3}),
     "dp2 tp2 adamw": (
@@ -107,7 +111,7 @@ CASES: dict[str, Case] = {
 }
 
 # Cases whose later steps have their memory measured.
-MEASURED = ("dp2", "pp2", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
+MEASURED = ("dp2", "pp2", "tp3", "cp2", "cp2 by head", "pp4 zb-v", "dp2 pp2 tp2 sp")
 
 
 def made(name: str) -> TrainingPlan:
@@ -219,6 +223,9 @@ def test_pairs_of_every_axis_are_held_to_the_bit() -> None:
         "dp2",
         "pp2",
         "tp2",
+        "cp2",
+        "cp2 tp2 sp",
+        "cp2 by head",
         "dp2 pp3",
         "dp2 tp2 adamw",
         "pp4 zb-v",
