@@ -130,7 +130,7 @@ class SameHost:
             raise self._gone(reader) from error
 
     def find(self, sender: int, topic: Topic, kind: str, size_bytes: int) -> Note:
-        """The note of ``sender`` for ``topic``, waited for. Raises ExecutionError where it is another thing."""
+        """The note of ``sender`` for ``topic``, waited for. ExecutionError where it is of another thing."""
         notes = self._notes[sender]
         while topic not in notes:
             found = self._next_note(sender)
@@ -169,7 +169,7 @@ class SameHost:
         return self._windows[sender].content(note.place, note.bytes).view(dtype)
 
     def done(self, sender: int, note: Note) -> None:
-        """This rank has read what ``sender`` shows."""
+        """Tell ``sender`` that this rank has read what it shows."""
         self._windows[sender].done(note.place, self._slot[self.rank])
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def share_host(store: Store, rank: int, world_size: int, timeout_seconds: float) -> SameHost | None:
-    """This rank's connection with the others of its host; None where there are none. Collective over the world.
+    """The rank's connection with the others of its host, if there are any. Collective over the world.
 
     Every rank says in ``store`` which host it is on and where it listens; of a pair the later one calls.
     """
