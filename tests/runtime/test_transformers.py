@@ -104,7 +104,7 @@ def by_ranks(made: TrainingPlan, weights: WeightSource) -> tuple[float, Gradient
 def logits_of(session: Session, batch: HostBatch) -> torch.Tensor:
     """[sequences, s, vocabulary] of a single-rank session."""
     *body, head = session.runners
-    tokens, x = DeviceTokens(batch, session.backend.device), torch.empty(0, dtype=session.dtype)
+    tokens, x = DeviceTokens(batch, session.backend.device), torch.empty(0, dtype=session.parameters.dtype)
     with torch.no_grad():
         for runner in body:
             x, _ = runner.forward(x, tokens)
