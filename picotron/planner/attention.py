@@ -6,7 +6,7 @@ of the score matrix, and the scores once more in backward (Dao et al. 2022, arXi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from picotron.planner.body import Dims, Operation, Tensor
 from picotron.planner.model import ModelSpec
@@ -15,30 +15,17 @@ from picotron.planner.products import bias_gradient, biased_input_backward, outp
 from picotron.planner.topology import Topology
 
 
-def _projections(model: ModelSpec, d: Dims) -> list[tuple[str, int]]:
-    return [
-        ("q", d.heads * d.head_dim),
-        ("k", d.kv_heads * d.head_dim),
-        ("v", d.kv_heads * d.head_dim),
-    ]
+def _widths(d: Dims) -> tuple[int, int, int]:
+    """Columns of queries, keys and values."""
+    return d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim
 
 
 def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Attention, forward."""
     d = ops.d
     source = ops.gathered("gather attention input", ops.norm(model))
-    sizes = _projections(model, d)
-    for name, width in sizes:
-        label = f"{name}_raw" if model.qk_norm and name != "v" else name
-        frees = [source] if name == "v" else []
-        ops.matmul(
-            f"{name}_proj",
-            d.tokens,
-            d.hidden,
-            width,
-            creates=[ops.saved(label, d.tokens * width)],
-            frees=frees,
-        )
+    width = sum(_widths(d))
+    ops.matmul("qkv", d.tokens, d.hidden, width, creates=[ops.saved("qkv", d.tokens * width)], frees=[source])
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
             statistics, normed = _head_norm_tensors(ops, name, heads)
@@ -49,7 +36,7 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
                 kernels=7,
                 creates=[statistics, normed],
             )
-    _rotate(ops, model)
+    _rotate_forward(ops, model)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)
     attend(ops, forward=True, creates=[context, log_sum_exp(ops)])
     output_projection(ops, d.heads * d.head_dim)
@@ -66,20 +53,23 @@ def log_sum_exp(ops: Operations) -> Tensor:
     return ops.saved("log_sum_exp", d.tokens * d.heads, itemsize=d.statistics_itemsize)
 
 
-def _rotate(ops: Operations, model: ModelSpec) -> None:
-    """Rotary positions on q and k, in place but for half a tensor."""
+def _rotate(ops: Operations, name: str, elements: int) -> None:
+    """Rotary positions, in place but for half a tensor."""
+    half = ops.tensor(f"{name} half", elements // 2)
+    ops.kernel(f"rotate {name}", elements, passes=5, kernels=5, creates=[half], frees=[half])
+
+
+def _rotate_forward(ops: Operations, model: ModelSpec) -> None:
+    """Queries and keys lie side by side and turn together, unless they have norms of their own."""
     d = ops.d
-    for name, heads in (("q", d.heads), ("k", d.kv_heads)):
-        if model.rope_theta is not None:
-            half = ops.tensor(f"{name} half", d.tokens * heads * d.head_dim // 2)
-            ops.kernel(
-                f"rotate {name}",
-                d.tokens * heads * d.head_dim,
-                passes=5,
-                kernels=5,
-                creates=[half],
-                frees=[half],
-            )
+    query, key, _ = _widths(d)
+    if model.rope_theta is None:
+        return
+    if not model.qk_norm:
+        _rotate(ops, "q and k", d.tokens * (query + key))
+        return
+    for name, width in (("q", query), ("k", key)):
+        _rotate(ops, name, d.tokens * width)
 
 
 def attend(
@@ -113,34 +103,44 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     width = d.heads * d.head_dim
     context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
     output_backward(ops, context, width, into="dcontext", bias=model.output_bias)
-    sizes = _projections(model, d)
-    inputs = [ops.saved(name, d.tokens * size) for name, size in sizes]
-    gradients = [ops.tensor(f"d{name}", d.tokens * size) for name, size in sizes]
-    attend(ops, forward=False, creates=gradients, frees=[*inputs, context, log_sum_exp(ops), dcontext])
-    _rotate(ops, model)
-    if model.qk_norm:
-        for name, heads in (("q", d.heads), ("k", d.kv_heads)):
-            ops.rms_backward(f"{name}_norm backward", d.tokens * heads, d.head_dim)
-            raw = ops.saved(f"{name}_raw", d.tokens * heads * d.head_dim)
-            statistics, _ = _head_norm_tensors(ops, name, heads)
-            ops.kernel("free", 0, kernels=0, frees=[raw, statistics])
+    widths = _widths(d)
+    qkv = ops.saved("qkv", d.tokens * sum(widths))
+    normed = [
+        _head_norm_tensors(ops, name, heads)[1]
+        for name, heads in (("q", d.heads), ("k", d.kv_heads))
+        if model.qk_norm
+    ]
+    gradients = [ops.tensor(f"d{name}", d.tokens * width) for name, width in zip("qkv", widths, strict=True)]
+    attend(ops, forward=False, creates=gradients, frees=[*normed, context, log_sum_exp(ops), dcontext])
+    _join_gradients(ops, model, gradients)
+    width = sum(widths)
     source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
-    for (name, size), gradient in zip(sizes, gradients, strict=True):
-        ops.matmul(f"{name}_proj weight", size, d.tokens, d.hidden, reads=[gradient, source])
-        if model.qkv_bias:
-            bias_gradient(ops, f"{name}_proj", d.tokens, size)
-    ops.kernel("free", 0, kernels=0, frees=[source])
-    full = ops.dnormed(model)
-    for name, size in sizes:
-        ops.matmul(
-            f"{name}_proj input",
-            d.tokens,
-            size,
-            d.hidden,
-            creates=[full] if name == "q" else [],
-            frees=gradients if name == "v" else [],
-        )
+    ops.matmul("qkv weight", width, d.tokens, d.hidden, frees=[source], reads=[qkv, source])
+    if model.qkv_bias:
+        bias_gradient(ops, "qkv", d.tokens, width)
+    full = ops.dnormed()
+    ops.matmul("qkv input", d.tokens, width, d.hidden, creates=[full], frees=[qkv])
     ops.norm_backward(model, full)
+
+
+def _join_gradients(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor]) -> None:
+    """Gradients of queries, keys and values, turned back and joined in the memory of those."""
+    d = ops.d
+    for name, heads, gradient in zip("qkv", (d.heads, d.kv_heads, d.kv_heads), gradients, strict=True):
+        size = d.tokens * heads * d.head_dim
+        if model.qk_norm and name != "v":
+            _rotate(ops, name, size)
+            statistics, _ = _head_norm_tensors(ops, name, heads)
+            before = ops.tensor(f"d{name} before norm", size)
+            ops.rms_backward(
+                f"{name}_norm backward", d.tokens * heads, d.head_dim, creates=before, frees=statistics
+            )
+            ops.kernel(f"join {name}", size, frees=[before, gradient])
+        else:
+            turned = name != "v" and model.rope_theta is not None
+            ops.kernel(
+                f"join {name}", size, passes=5 if turned else 2, kernels=4 if turned else 1, frees=[gradient]
+            )
 
 
 def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
@@ -168,7 +168,6 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    attend(ops, forward=False, creates=parts, frees=[qkv, context, log_sum_exp(ops), dcontext])
-    fused = ops.tensor("dqkv", d.tokens * 3 * width)
-    ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
-    biased_input_backward(ops, model, "c_attn", fused, 3 * width)
+    attend(ops, forward=False, creates=parts, frees=[context, log_sum_exp(ops), dcontext])
+    ops.kernel("join", d.tokens * 3 * width, kernels=3, frees=parts)  # in the memory of what they belong to
+    biased_input_backward(ops, model, "c_attn", qkv, 3 * width)

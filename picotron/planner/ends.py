@@ -136,6 +136,6 @@ def head_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None
     logits = ops.saved("logits", d.tokens * d.vocab)
     source = ops.gathered("gather head input", ops.norm_again(model), for_weights=True)
     ops.matmul("head weight", d.vocab, d.tokens, d.hidden, frees=[source], reads=[logits, source])
-    full = ops.dnormed(model)
+    full = ops.dnormed()
     ops.matmul("head input", d.tokens, d.vocab, d.hidden, creates=[full], frees=[logits])
     ops.norm_backward(model, full)

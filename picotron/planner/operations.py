@@ -160,35 +160,30 @@ class Operations:
         return normed
 
     def norm_backward(self, model: ModelSpec, full: Tensor) -> None:
-        """From the gradient of the normed input (``full``) to ``i.g``, in place for RMS norms."""
+        """From the gradient of the normed input (``full``) to ``i.g``."""
         d, x, incoming = self.d, self.x(), self.g(1)
         size = d.local_tokens * d.hidden
-        after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
+        part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
+        self.reduced("reduce gradient", full, part)
         if model.norm == "rms":
-            self.reduced("reduce gradient", full, self.g())
-            self.rms_backward("norm backward", d.local_tokens, d.hidden)
+            self.rms_backward("norm backward", d.local_tokens, d.hidden, creates=self.g(), frees=part)
         else:
-            part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
-            self.reduced("reduce gradient", full, part)
             small = [self.tensor("dscale", d.hidden), self.tensor("dshift", d.hidden)]
             self.kernel("norm backward", size, passes=5, creates=[self.g(), *small], frees=[part, *small])
+        after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
         self.kernel("residual gradient", size, passes=0 if self.is_last else 3, frees=after)
 
     is_last = False  # the head: nothing comes back into it and it adds no residual
 
-    def dnormed(self, model: ModelSpec) -> Tensor:
+    def dnormed(self) -> Tensor:
         """Where the gradient of the normed input lands before it is reduced."""
-        in_place = model.norm == "rms" and not self.d.sequence_parallel
-        return self.g() if in_place else self.tensor("dnormed", self.d.tokens * self.d.hidden)
+        return self.tensor("dnormed", self.d.tokens * self.d.hidden)
 
-    def rms_backward(self, name: str, rows: int, width: int) -> None:
-        """Backward of an RMS norm over ``width``, in the memory of its output's gradient."""
-        unit, product = (
-            self.tensor(f"{name} unit", rows * width),
-            self.tensor(f"{name} product", rows * width),
+    def rms_backward(self, name: str, rows: int, width: int, *, creates: Tensor, frees: Tensor) -> None:
+        """Backward of an RMS norm over ``width``: layer norm's with no mean, and what that takes off too much."""
+        zero, scale = self.tensor(f"{name} zero", rows), self.tensor(f"{name} scale", width)
+        self.kernel(
+            name, rows * width, passes=5, kernels=3, creates=[zero, creates, scale], frees=[zero, scale]
         )
-        small, dot = self.tensor(f"{name} scale", width), self.tensor(f"{name} dot", rows)
-        self.kernel(name, rows * width, passes=3, creates=[unit])
-        self.kernel(name, rows * width, passes=4, kernels=2, creates=[product, small], frees=[small])
-        self.kernel(name, rows * width, passes=2, creates=[dot], frees=[product])
-        self.kernel(name, rows * width, passes=7, kernels=3, frees=[unit, dot])
+        mean = self.tensor(f"{name} mean", rows)
+        self.kernel(name, rows * width, passes=3, kernels=4, creates=[mean], frees=[mean, frees])

@@ -13,7 +13,13 @@ def output_projection(ops: Operations, width: int, *, biased: bool = True) -> No
     full = ops.partial_sum(y)
     ops.matmul("output projection", d.tokens, width, d.hidden, creates=[full])
     ops.reduced("reduce output", full, y)
-    ops.kernel("residual", d.local_tokens * d.hidden, passes=3)
+    residual(ops)
+
+
+def residual(ops: Operations, *, biased: bool = False) -> None:
+    """The block's input, and a bias, added to the product: of one rank the product is added to the input."""
+    passes = (2 if ops.d.tp == 1 else 3) + 2 * biased
+    ops.kernel("residual", ops.d.local_tokens * ops.d.hidden, passes=passes, kernels=1 + biased)
 
 
 def bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:
@@ -47,6 +53,6 @@ def biased_input_backward(ops: Operations, model: ModelSpec, name: str, gradient
     source = ops.gathered(f"gather {name} input", ops.norm_again(model), for_weights=True)
     ops.matmul(f"{name} weight", d.hidden, d.tokens, width, frees=[source], reads=[gradient, source])
     bias_gradient(ops, name, d.tokens, width)
-    full = ops.dnormed(model)
+    full = ops.dnormed()
     ops.matmul(f"{name} input", d.tokens, width, d.hidden, creates=[full], frees=[gradient])
     ops.norm_backward(model, full)

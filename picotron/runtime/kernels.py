@@ -27,7 +27,7 @@ class Norm(Protocol):
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x; ``grad``, that of the output, is consumed. Weight gradients accumulate."""
+        """The gradient of x; ``grad`` is that of the output. Weight gradients accumulate."""
 
 
 class RmsNorm:
@@ -49,16 +49,20 @@ class RmsNorm:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x, in the memory of ``grad``."""
+        """The gradient of x.
+
+        Layer norm's kernel with a mean of 0 does all but one step: it takes the mean over the row of what
+        comes in off it, which is given back.
+        """
         (inverse,) = statistics
-        unit = x * inverse
-        product = grad * unit
-        self.gradient.add_(product.sum(dim=tuple(range(product.dim() - 1))))
-        dot = product @ self.weight
-        del product
-        grad.mul_(self.weight)
-        grad.addcmul_(unit, dot.unsqueeze(-1), value=-1 / x.shape[-1])
-        return grad.mul_(inverse)
+        size = x.shape[-1]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [size], torch.zeros_like(inverse), inverse, self.weight, None, [True, True, False]
+        )
+        self.gradient.add_(dweight)
+        mean = torch.mv(grad.reshape(-1, size), self.weight).div_(size).view_as(inverse).mul_(inverse)
+        out: torch.Tensor = dx.add_(mean)
+        return out
 
 
 class LayerNorm:
@@ -128,6 +132,14 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwar
     half = first.clone()
     first.mul_(cosine).addcmul_(second, sine, value=-sign)
     second.mul_(cosine).addcmul_(half, sine, value=sign)
+
+
+def rotate_into(target: torch.Tensor, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+    """Write to ``target`` what ``rotate`` with ``backwards`` makes of x."""
+    first, second = x.chunk(2, dim=-1)
+    one, two = target.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=one).addcmul_(second, sine)
+    torch.mul(second, cosine, out=two).addcmul_(first, sine, value=-1)
 
 
 class Attention:

@@ -1,0 +1,151 @@
+"""Attention segments: projections apart in the checkpoint (llama, qwen2, qwen3) or fused there (gpt2).
+
+Either way one product makes queries, keys and values side by side in one tensor, which the kernel reads in
+place. In backward, when they are no longer needed, their gradients take their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from picotron.planner.model import Segment
+from picotron.runtime.fused import Projections
+from picotron.runtime.kernels import Attention, RmsNorm, rotate, rotate_into
+from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
+
+
+class AttentionSegment(SegmentRunner):
+    """What both kinds have in common: heads as views, and the attention core."""
+
+    def __init__(self, context: Context, segment: Segment) -> None:
+        super().__init__(context, segment)
+        d = context.dims
+        self.heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
+        self.widths = [count * d.head_dim for count in self.heads.values()]
+
+    def by_head(self, qkv: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Queries, keys and values [batch, s, heads, head_dim], views of ``qkv`` [T, all of their columns]."""
+        parts = zip(self.heads.items(), qkv.split(self.widths, dim=1), strict=True)
+        return {name: self._by_head(part, count) for (name, count), part in parts}
+
+    def _by_head(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        d = self.dims
+        return part.view(d.batch, d.seq_len, count, d.head_dim)
+
+
+class SplitAttention(AttentionSegment):
+    """Grouped-query attention with separate projections (llama, qwen2, qwen3)."""
+
+    def __init__(self, context: Context, segment: Segment) -> None:
+        super().__init__(context, segment)
+        self.qkv = Projections(["q_proj", "k_proj", "v_proj"], self.w, self.d)
+        self.projections["qkv"] = self.qkv
+        self.head_norms = {
+            name: RmsNorm(
+                self.w[f"{name}_norm.weight"], self.d[f"{name}_norm.weight"], context.model.norm_eps
+            )
+            for name in ("q", "k")
+            if f"{name}_norm.weight" in self.w
+        }
+
+    def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
+        """(y, saved)."""
+        saved: Saved = {}
+        source = self._normed(x, saved)
+        qkv = saved["qkv"] = self.qkv.output(source)
+        del source
+        parts = self.by_head(qkv)
+        for name, norm in self.head_norms.items():
+            parts[name], saved[f"{name} statistics"] = norm.forward(parts[name])
+        if self.context.rotary is not None:
+            for rotated in self._rotated(qkv, parts):
+                rotate(rotated, *self.context.rotary)
+        attention = saved["attention"] = Attention(**parts)
+        del parts
+        part = self._output_product(x, attention.context(), self.w["o_proj.weight"].t())
+        y = self._residual(x, part)
+        return (y.add_(self.w["o_proj.bias"]) if "o_proj.bias" in self.w else y), saved
+
+    def _rotated(self, qkv: torch.Tensor, parts: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What has positions: queries and keys, in one view where they lie side by side."""
+        if self.head_norms:
+            return [parts["q"], parts["k"]]
+        count = self.heads["q"] + self.heads["k"]
+        return [self._by_head(qkv[:, : count * self.dims.head_dim], count)]
+
+    def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of x."""
+        attention: Attention = saved.pop("attention")
+        self._add_bias_gradient("o_proj.bias", dy)
+        full = self.context.gather(dy)
+        self._add_product(saved, "o_proj.weight", full, attention.context())
+        dcontext = torch.mm(full, self.w["o_proj.weight"])
+        del full
+        gradients = attention.backward(dcontext)
+        del attention, dcontext
+        qkv = saved.pop("qkv")
+        self._join(saved, gradients, qkv)
+        source = self._source(saved)
+        self._add_product(saved, "qkv", qkv, source)
+        del source
+        self.qkv.add_bias_gradient(qkv)
+        dnormed = self.qkv.input_gradient(qkv)
+        del qkv
+        dnormed = self.context.reduce(dnormed)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _join(self, saved: Saved, gradients: list[torch.Tensor], qkv: torch.Tensor) -> None:
+        """Put the gradients of what the kernel read into ``qkv``, as those of what the projections gave.
+
+        Lets go of each of ``gradients`` when it is done.
+        """
+        rotary = self.context.rotary
+        for name, target in self.by_head(qkv).items():
+            gradient = self._by_head(gradients.pop(0), self.heads[name])
+            if name == "v" or rotary is None:
+                target.copy_(gradient)
+            elif name not in self.head_norms:
+                rotate_into(target, gradient, *rotary)
+            else:
+                rotate(gradient, *rotary, backwards=True)
+                target.copy_(
+                    self.head_norms[name].backward(gradient, target, saved.pop(f"{name} statistics"))
+                )
+
+
+class FusedAttention(AttentionSegment):
+    """Attention with one fused projection in Conv1D orientation [in, out] (gpt2)."""
+
+    conv1d = True
+
+    def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
+        """(y, saved)."""
+        saved: Saved = {}
+        source = self._normed(x, saved)
+        qkv = saved["qkv"] = torch.addmm(self.w["c_attn.bias"], source, self.w["c_attn.weight"])
+        del source
+        attention = saved["attention"] = Attention(**self.by_head(qkv))
+        part = self._output_product(x, attention.context(), self.w["c_proj.weight"])
+        return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
+
+    def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of x."""
+        attention: Attention = saved.pop("attention")
+        self._add_bias_gradient("c_proj.bias", dy)
+        full = self.context.gather(dy)
+        self._add_product(saved, "c_proj.weight", full, attention.context())
+        dcontext = torch.mm(full, self.w["c_proj.weight"].t())
+        del full
+        gradients = attention.backward(dcontext)
+        del attention, dcontext
+        saved["gradient"] = saved.pop("qkv")
+        join(gradients, saved["gradient"].split(self.widths, dim=1))
+        return self._biased_input_backward("c_attn", saved, dy)
+
+
+def join(parts: list[torch.Tensor], columns: Iterable[torch.Tensor]) -> None:
+    """Copy ``parts`` side by side into ``columns``, and let go of each when that is done."""
+    for target in columns:
+        target.copy_(parts.pop(0))
