@@ -105,42 +105,46 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     output_backward(ops, context, width, into="dcontext", bias=model.output_bias)
     widths = _widths(d)
     qkv = ops.saved("qkv", d.tokens * sum(widths))
-    normed = [
-        _head_norm_tensors(ops, name, heads)[1]
-        for name, heads in (("q", d.heads), ("k", d.kv_heads))
-        if model.qk_norm
-    ]
+    read = [qkv]
+    if model.qk_norm:
+        read = [
+            _head_norm_tensors(ops, name, heads)[1] for name, heads in (("q", d.heads), ("k", d.kv_heads))
+        ]
     gradients = [ops.tensor(f"d{name}", d.tokens * width) for name, width in zip("qkv", widths, strict=True)]
-    attend(ops, forward=False, creates=gradients, frees=[*normed, context, log_sum_exp(ops), dcontext])
-    _join_gradients(ops, model, gradients)
-    width = sum(widths)
+    attend(ops, forward=False, creates=gradients, frees=[*read, context, log_sum_exp(ops), dcontext])
+    gradients = _before_core(ops, model, gradients)
     source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
-    ops.matmul("qkv weight", width, d.tokens, d.hidden, frees=[source], reads=[qkv, source])
+    for name, width, gradient in zip("qkv", widths, gradients, strict=True):
+        ops.matmul(f"{name}_proj weight", width, d.tokens, d.hidden, reads=[gradient, source])
+    ops.kernel("free", 0, kernels=0, frees=[source])
     if model.qkv_bias:
-        bias_gradient(ops, "qkv", d.tokens, width)
+        for name, width in zip("qkv", widths, strict=True):
+            bias_gradient(ops, f"{name}_proj", d.tokens, width)
     full = ops.dnormed()
-    ops.matmul("qkv input", d.tokens, width, d.hidden, creates=[full], frees=[qkv])
+    for name, width in zip("qkv", widths, strict=True):
+        creates, frees = [full] if name == "q" else [], gradients if name == "v" else []
+        ops.matmul(f"{name}_proj input", d.tokens, width, d.hidden, creates=creates, frees=frees)
     ops.norm_backward(model, full)
 
 
-def _join_gradients(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor]) -> None:
-    """Gradients of queries, keys and values, turned back and joined in the memory of those."""
-    d = ops.d
-    for name, heads, gradient in zip("qkv", (d.heads, d.kv_heads, d.kv_heads), gradients, strict=True):
+def _before_core(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of queries, keys and values before their rotation and their norms."""
+    d, found = ops.d, [*gradients]
+    for place, (name, heads) in enumerate((("q", d.heads), ("k", d.kv_heads))):
         size = d.tokens * heads * d.head_dim
-        if model.qk_norm and name != "v":
+        if model.rope_theta is not None:
             _rotate(ops, name, size)
+        if model.qk_norm:
             statistics, _ = _head_norm_tensors(ops, name, heads)
-            before = ops.tensor(f"d{name} before norm", size)
+            found[place] = ops.tensor(f"d{name} before norm", size)
             ops.rms_backward(
-                f"{name}_norm backward", d.tokens * heads, d.head_dim, creates=before, frees=statistics
+                f"{name}_norm backward", d.tokens * heads, d.head_dim, creates=found[place], frees=statistics
             )
-            ops.kernel(f"join {name}", size, frees=[before, gradient])
-        else:
-            turned = name != "v" and model.rope_theta is not None
-            ops.kernel(
-                f"join {name}", size, passes=5 if turned else 2, kernels=4 if turned else 1, frees=[gradient]
-            )
+            ops.kernel("free", 0, kernels=0, frees=[gradients[place]])
+    if model.qk_norm:
+        width = (d.heads + 2 * d.kv_heads) * d.head_dim
+        ops.kernel("free", 0, kernels=0, frees=[ops.saved("qkv", d.tokens * width)])
+    return found
 
 
 def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:

@@ -43,7 +43,8 @@ def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     if model.mlp_bias:
         bias_gradient(ops, "gate_up", d.tokens, width)
     full = ops.dnormed()
-    ops.matmul("gate_up input", d.tokens, width, d.hidden, creates=[full], frees=[gate_up])
+    ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
+    ops.matmul("up input", d.tokens, d.intermediate, d.hidden, frees=[gate_up])
     ops.norm_backward(model, full)
 
 

@@ -180,10 +180,10 @@ class Operations:
         return self.tensor("dnormed", self.d.tokens * self.d.hidden)
 
     def rms_backward(self, name: str, rows: int, width: int, *, creates: Tensor, frees: Tensor) -> None:
-        """Backward of an RMS norm over ``width``: layer norm's with no mean, and what that takes off too much."""
+        """Backward of an RMS norm over ``width``: layer norm's with a mean of 0, and what that takes off."""
         zero, scale = self.tensor(f"{name} zero", rows), self.tensor(f"{name} scale", width)
         self.kernel(
             name, rows * width, passes=5, kernels=3, creates=[zero, creates, scale], frees=[zero, scale]
         )
         mean = self.tensor(f"{name} mean", rows)
-        self.kernel(name, rows * width, passes=3, kernels=4, creates=[mean], frees=[mean, frees])
+        self.kernel(name, rows * width, passes=4, kernels=3, creates=[mean], frees=[mean, frees])

@@ -1,7 +1,7 @@
 """Attention segments: projections apart in the checkpoint (llama, qwen2, qwen3) or fused there (gpt2).
 
 Either way one product makes queries, keys and values side by side in one tensor, which the kernel reads in
-place. In backward, when they are no longer needed, their gradients take their memory.
+place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from picotron.planner.model import Segment
 from picotron.runtime.fused import Projections
-from picotron.runtime.kernels import Attention, RmsNorm, rotate, rotate_into
+from picotron.runtime.kernels import Attention, RmsNorm, rotate
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
@@ -26,8 +26,8 @@ class AttentionSegment(SegmentRunner):
         self.widths = [count * d.head_dim for count in self.heads.values()]
 
     def by_head(self, qkv: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Queries, keys and values [batch, s, heads, head_dim], views of ``qkv`` [T, all of their columns]."""
-        parts = zip(self.heads.items(), qkv.split(self.widths, dim=1), strict=True)
+        """Queries, keys and values [batch, s, heads, head_dim], views of ``qkv`` [T, their columns]."""
+        parts = zip(self.heads.items(), torch.split(qkv, self.widths, dim=1), strict=True)
         return {name: self._by_head(part, count) for (name, count), part in parts}
 
     def _by_head(self, part: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,7 +41,6 @@ class SplitAttention(AttentionSegment):
     def __init__(self, context: Context, segment: Segment) -> None:
         super().__init__(context, segment)
         self.qkv = Projections(["q_proj", "k_proj", "v_proj"], self.w, self.d)
-        self.projections["qkv"] = self.qkv
         self.head_norms = {
             name: RmsNorm(
                 self.w[f"{name}_norm.weight"], self.d[f"{name}_norm.weight"], context.model.norm_eps
@@ -85,34 +84,28 @@ class SplitAttention(AttentionSegment):
         del full
         gradients = attention.backward(dcontext)
         del attention, dcontext
-        qkv = saved.pop("qkv")
-        self._join(saved, gradients, qkv)
+        self._before_core(saved, gradients)
         source = self._source(saved)
-        self._add_product(saved, "qkv", qkv, source)
-        del source
-        self.qkv.add_bias_gradient(qkv)
-        dnormed = self.qkv.input_gradient(qkv)
-        del qkv
+        for name, gradient in zip(self.qkv.names, gradients, strict=True):
+            self._add_product(saved, f"{name}.weight", gradient, source)
+        del source, gradient
+        self.qkv.add_bias_gradient(gradients)
+        dnormed = self.qkv.input_gradient(gradients)
+        del gradients
         dnormed = self.context.reduce(dnormed)
         return self._norm_backward(saved, dnormed).add_(dy)
 
-    def _join(self, saved: Saved, gradients: list[torch.Tensor], qkv: torch.Tensor) -> None:
-        """Put the gradients of what the kernel read into ``qkv``, as those of what the projections gave.
-
-        Lets go of each of ``gradients`` when it is done.
-        """
-        rotary = self.context.rotary
-        for name, target in self.by_head(qkv).items():
-            gradient = self._by_head(gradients.pop(0), self.heads[name])
-            if name == "v" or rotary is None:
-                target.copy_(gradient)
-            elif name not in self.head_norms:
-                rotate_into(target, gradient, *rotary)
-            else:
-                rotate(gradient, *rotary, backwards=True)
-                target.copy_(
-                    self.head_norms[name].backward(gradient, target, saved.pop(f"{name} statistics"))
-                )
+    def _before_core(self, saved: Saved, gradients: list[torch.Tensor]) -> None:
+        """Make ``gradients`` of what the kernel read those of what the projections gave; forget the latter."""
+        raw = self.by_head(saved.pop("qkv"))
+        for place, name in enumerate("qk"):
+            gradient = self._by_head(gradients[place], self.heads[name])
+            if self.context.rotary is not None:
+                rotate(gradient, *self.context.rotary, backwards=True)
+            if name in self.head_norms:
+                statistics = saved.pop(f"{name} statistics")
+                gradient = self.head_norms[name].backward(gradient, raw[name], statistics)
+                gradients[place] = gradient.view_as(gradients[place])
 
 
 class FusedAttention(AttentionSegment):
@@ -141,7 +134,7 @@ class FusedAttention(AttentionSegment):
         gradients = attention.backward(dcontext)
         del attention, dcontext
         saved["gradient"] = saved.pop("qkv")
-        join(gradients, saved["gradient"].split(self.widths, dim=1))
+        join(gradients, torch.split(saved["gradient"], self.widths, dim=1))
         return self._biased_input_backward("c_attn", saved, dy)
 
 

@@ -1,9 +1,9 @@
 """Projections of one input as one product: weights that lie side by side in memory are one weight.
 
-Parameters of a segment lie in plan order, so that the rows of q, k and v, or of gate and up, follow each other:
-one product makes all outputs, one all gradients of the input, one all gradients of the weights. Where others
-come between (a bucket ended, or shared heads have a bucket of their own) each part is multiplied by itself,
-into its columns of the same tensors.
+Parameters of a segment lie in plan order, so that the rows of q, k and v, or of gate and up, follow each
+other: one product makes all outputs. Where they do not (their memory is laid out otherwise) each part is
+multiplied by itself, into its columns of the same tensor. Gradients of outputs that are made apart stay
+apart: to join them costs more than one product saves.
 """
 
 from __future__ import annotations
@@ -61,36 +61,63 @@ class Projections:
             out = torch.mm(source, whole.t()) if bias is None else torch.addmm(bias, source, whole.t())
         else:
             out = source.new_empty(source.shape[0], sum(self.sizes))
-            for part, columns in zip(parts, out.split(self.sizes, dim=1), strict=True):
+            for part, columns in zip(parts, torch.split(out, self.sizes, dim=1), strict=True):
                 torch.mm(source, part.t(), out=columns)
         if whole is None or bias is None:
-            for own, columns in zip(biases, out.split(self.sizes, dim=1), strict=False):
+            for own, columns in zip(biases, torch.split(out, self.sizes, dim=1), strict=False):
                 columns.add_(own)
         return out
 
-    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Of ``gradient`` [T, out], the gradient of the input."""
-        parts, whole = self._parts("weight")
-        if whole is not None:
-            return torch.mm(gradient, whole)
-        first, *others = zip(parts, gradient.split(self.sizes, dim=1), strict=True)
-        found = torch.mm(first[1], first[0])
-        for part, columns in others:
-            found.addmm_(columns, part)
+    def input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The gradient of the input from those of the outputs, [T, out] each."""
+        first, *others = zip(gradients, self._parts("weight")[0], strict=True)
+        found = torch.mm(*first)
+        for gradient, part in others:
+            found.addmm_(gradient, part)
         return found
 
-    def add_weight_gradient(self, gradient: torch.Tensor, source: torch.Tensor) -> None:
-        """Add the product of ``gradient`` [T, out] and ``source`` [T, in] to the weights' gradients."""
-        parts, whole = self._parts("weight", gradient=True)
-        if whole is not None:
-            whole.addmm_(gradient.t(), source)
-            return
-        for part, columns in zip(parts, gradient.split(self.sizes, dim=1), strict=True):
-            part.addmm_(columns.t(), source)
+    def add_weight_gradient(self, gradients: Sequence[torch.Tensor], source: torch.Tensor) -> None:
+        """Add the products of ``gradients``, [T, out] each, and ``source`` to the weights' gradients."""
+        for gradient, part in zip(gradients, self._parts("weight", gradient=True)[0], strict=True):
+            part.addmm_(gradient.t(), source)
 
-    def add_bias_gradient(self, gradient: torch.Tensor) -> None:
-        """Add the sum of ``gradient`` over tokens to the biases' gradients, if there are biases."""
+    def add_bias_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add the sums of ``gradients`` over tokens to the biases' gradients, if there are biases."""
         if self.has_bias:
-            parts, _ = self._parts("bias", gradient=True)
-            for part, own in zip(parts, gradient.sum(0).split(self.sizes), strict=True):
-                part.add_(own)
+            for gradient, part in zip(gradients, self._parts("bias", gradient=True)[0], strict=True):
+                part.add_(gradient.sum(0))
+
+
+class EqualProjections(Projections):
+    """Projections of equal sizes, whose outputs lie one behind the other: [projections, T, out].
+
+    Each is contiguous, as steps that take one element of each at a time like it.
+    """
+
+    def output(self, source: torch.Tensor) -> torch.Tensor:
+        """All outputs of ``source`` [T, in]."""
+        parts, whole = self._parts("weight")
+        if whole is not None:
+            out = torch.bmm(self._each(source), whole.view(len(parts), -1, source.shape[1]).transpose(1, 2))
+        else:
+            out = source.new_empty(len(parts), source.shape[0], self.sizes[0])
+            for part, plane in zip(parts, out.unbind(), strict=True):
+                torch.mm(source, part.t(), out=plane)
+        if self.has_bias:
+            for bias, plane in zip(self._parts("bias")[0], out.unbind(), strict=True):
+                plane.add_(bias)
+        return out
+
+    def add_weight_gradient(
+        self, gradients: torch.Tensor | Sequence[torch.Tensor], source: torch.Tensor
+    ) -> None:
+        """Add the products of ``gradients`` [projections, T, out] and ``source`` to the weights' gradients."""
+        _, whole = self._parts("weight", gradient=True)
+        if whole is None or not isinstance(gradients, torch.Tensor):
+            super().add_weight_gradient([*gradients], source)
+            return
+        stacked = whole.view(len(gradients), -1, source.shape[1])
+        stacked.baddbmm_(gradients.transpose(1, 2), self._each(source))
+
+    def _each(self, source: torch.Tensor) -> torch.Tensor:
+        return source.expand(len(self.names), *source.shape)

@@ -7,6 +7,7 @@ Norms and rotations work in place on what they own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -60,8 +61,8 @@ class RmsNorm:
             grad, x, [size], torch.zeros_like(inverse), inverse, self.weight, None, [True, True, False]
         )
         self.gradient.add_(dweight)
-        mean = torch.mv(grad.reshape(-1, size), self.weight).div_(size).view_as(inverse).mul_(inverse)
-        out: torch.Tensor = dx.add_(mean)
+        taken = torch.mv(grad.reshape(-1, size), self.weight).view_as(inverse).mul_(inverse)
+        out: torch.Tensor = dx.add_(taken, alpha=1 / size)
         return out
 
 
@@ -127,19 +128,17 @@ def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwards: bool = False) -> None:
     """Rotate x [batch, s, heads, d] by its positions, in place; ``backwards`` undoes it."""
-    first, second = x.chunk(2, dim=-1)
     sign = -1 if backwards else 1
-    half = first.clone()
-    first.mul_(cosine).addcmul_(second, sine, value=-sign)
-    second.mul_(cosine).addcmul_(half, sine, value=sign)
+    for part in _at_a_time(x):
+        first, second = part.chunk(2, dim=-1)
+        half = first.clone()
+        first.mul_(cosine).addcmul_(second, sine, value=-sign)
+        second.mul_(cosine).addcmul_(half, sine, value=sign)
 
 
-def rotate_into(target: torch.Tensor, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-    """Write to ``target`` what ``rotate`` with ``backwards`` makes of x."""
-    first, second = x.chunk(2, dim=-1)
-    one, two = target.chunk(2, dim=-1)
-    torch.mul(first, cosine, out=one).addcmul_(second, sine)
-    torch.mul(second, cosine, out=two).addcmul_(first, sine, value=-1)
+def _at_a_time(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What several steps over x [batch, ...] take at a time: on a processor one sequence, for its caches."""
+    return torch.split(x, 1) if x.device.type == "cpu" else (x,)
 
 
 class Attention:

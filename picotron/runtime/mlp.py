@@ -1,6 +1,6 @@
-"""MLP segments, with a gate (llama, qwen2, qwen3) or without (gpt2); the activation is computed again in backward.
+"""MLP segments, with a gate (llama, qwen2, qwen3) or without (gpt2); backward computes the activation again.
 
-Gate and up are made by one product, side by side; in backward their gradients take their memory.
+Gate and up are made by one product, [2, T, intermediate]; in backward their gradients take their memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from picotron.planner.model import Segment
-from picotron.runtime.fused import Projections
+from picotron.runtime.fused import EqualProjections
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
@@ -18,7 +18,7 @@ class GatedMlp(SegmentRunner):
 
     def __init__(self, context: Context, segment: Segment) -> None:
         super().__init__(context, segment)
-        self.gate_up = Projections(["gate_proj", "up_proj"], self.w, self.d)
+        self.gate_up = EqualProjections(["gate_proj", "up_proj"], self.w, self.d)
         self.projections["gate_up"] = self.gate_up
 
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
@@ -27,7 +27,7 @@ class GatedMlp(SegmentRunner):
         source = self._normed(x, saved)
         saved["gate_up"] = self.gate_up.output(source)
         del source
-        gate, up = saved["gate_up"].chunk(2, dim=1)
+        gate, up = saved["gate_up"].unbind()
         product = functional.silu(gate).mul_(up)
         part = self._output_product(x, product, self.w["down_proj.weight"].t())
         del gate, up, product
@@ -37,7 +37,7 @@ class GatedMlp(SegmentRunner):
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
         gate_up = saved.pop("gate_up")
-        gate, up = gate_up.chunk(2, dim=1)
+        gate, up = gate_up.unbind()
         active = functional.silu(gate)
         product = active * up
         self._add_bias_gradient("down_proj.bias", dy)

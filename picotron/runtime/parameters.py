@@ -43,7 +43,7 @@ class Parameters:
         """Views of one flat buffer, in plan order, so that projections of one input are one weight."""
         shapes = {p.name: local_shape(p, self.where) for p in self.placements}
         flat = torch.empty(sum(map(math.prod, shapes.values())), dtype=self.dtype, device=device)
-        parts = flat.split([*map(math.prod, shapes.values())])
+        parts = torch.split(flat, [*map(math.prod, shapes.values())])
         views = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         for placement in self.placements:
             views[placement.name].copy_(slice_of(source(placement), placement, self.where))

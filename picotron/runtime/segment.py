@@ -22,7 +22,7 @@ from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.communicator import Communicator
-from picotron.runtime.fused import Projections
+from picotron.runtime.fused import EqualProjections
 from picotron.runtime.kernels import LayerNorm, Norm, RmsNorm
 
 Saved = dict[str, Any]
@@ -91,7 +91,7 @@ class SegmentRunner(ABC):
         self.d = {short: context.gradients[name] for short, name in names.items()}
         norms = [".".join(p.name.split(".")[-2:]) for p in segment.parameters if p.role == "norm"]
         self.norm = self._make_norm(norms) if norms else None
-        self.projections: dict[str, Projections] = {}
+        self.projections: dict[str, EqualProjections] = {}
 
     def _make_norm(self, names: list[str]) -> Norm:
         eps = self.context.model.norm_eps
@@ -160,7 +160,7 @@ class SegmentRunner(ABC):
         return self.context.gather(self.norm.again(take("x"), take("statistics")))
 
     def _output_product(self, x: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the row-parallel product ``source @ weight``; with ``x`` where it is the whole."""
+        """The rank's part of the row-parallel product ``source @ weight``; on one rank its sum with ``x``."""
         return torch.addmm(x, source, weight) if self.dims.tp == 1 else torch.mm(source, weight)
 
     def _residual(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ class SegmentRunner(ABC):
             self.d[name].add_(gradient.sum(0))
 
     def _biased_input_backward(self, name: str, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
-        """Backward of the residual and of ``norm(x) @ weight + bias``; the output's gradient is in ``saved``."""
+        """Backward of the residual and of ``norm(x) @ weight + bias``, whose output's gradient is saved."""
         gradient = saved.pop("gradient")
         self._add_product(saved, f"{name}.weight", gradient, self._source(saved))
         self._add_bias_gradient(f"{name}.bias", gradient)

@@ -382,13 +382,13 @@ def _kept(bodies: Bodies, number: int) -> dict[str, int]:
 def test_what_stays_between_the_halves() -> None:
     """Llama's products hold their inputs and output gradients; the norm's output is computed again.
 
-    Gradients of queries, keys and values have taken the place of those, and so of gate and up.
+    Gradients of gate and up have taken their place.
     8 tokens, 8 wide, of 2 bytes; 12 columns of the MLP, 10 words; key/value heads are half of the heads.
     """
     bodies = _all_bodies(LLAMA, Topology())
     hidden, inner = 8 * 8 * 2, 8 * 12 * 2
     norm = {"x": hidden, "inverse": 8 * 2}
-    heads = {"context": hidden, "qkv": 2 * hidden}
+    heads = {"context": hidden, "dq": hidden, "dk": hidden // 2, "dv": hidden // 2}
     assert _kept(bodies, 0) == {"token_ids": 8 * 8, "dy": hidden}
     assert _kept(bodies, 1) == norm | heads | {"dy": hidden}
     columns = {"product": inner, "gate_up": 2 * inner}

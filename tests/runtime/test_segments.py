@@ -332,7 +332,7 @@ def test_what_a_gated_mlp_leaves_for_its_weights() -> None:
         {"x", "statistics", "products"},
         [
             ("down_proj.weight", (16, 24), False),
-            ("gate_up", (16, 32), True),
+            ("gate_up", (2, 16, 16), True),
         ],
         True,
         {},
