@@ -172,6 +172,7 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    attend(ops, forward=False, creates=parts, frees=[context, log_sum_exp(ops), dcontext])
-    ops.kernel("join", d.tokens * 3 * width, kernels=3, frees=parts)  # in the memory of what they belong to
-    biased_input_backward(ops, model, "c_attn", qkv, 3 * width)
+    attend(ops, forward=False, creates=parts, frees=[qkv, context, log_sum_exp(ops), dcontext])
+    fused = ops.tensor("dqkv", d.tokens * 3 * width)
+    ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
+    biased_input_backward(ops, model, "c_attn", fused, 3 * width)

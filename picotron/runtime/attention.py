@@ -6,8 +6,6 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from picotron.planner.model import Segment
@@ -53,14 +51,19 @@ class SplitAttention(AttentionSegment):
         """(y, saved)."""
         saved: Saved = {}
         source = self._normed(x, saved)
-        qkv = saved["qkv"] = self.qkv.output(source)
+        qkv = self.qkv.output(source)
         del source
         parts = self.by_head(qkv)
         for name, norm in self.head_norms.items():
-            parts[name], saved[f"{name} statistics"] = norm.forward(parts[name])
+            raw = parts[name]
+            parts[name], statistics = norm.forward(raw)
+            saved[f"{name}_raw"] = raw, statistics
+            del raw, statistics
         if self.context.rotary is not None:
             for rotated in self._rotated(qkv, parts):
                 rotate(rotated, *self.context.rotary)
+            del rotated
+        del qkv
         attention = saved["attention"] = Attention(**parts)
         del parts
         part = self._output_product(x, attention.context(), self.w["o_proj.weight"].t())
@@ -96,16 +99,14 @@ class SplitAttention(AttentionSegment):
         return self._norm_backward(saved, dnormed).add_(dy)
 
     def _before_core(self, saved: Saved, gradients: list[torch.Tensor]) -> None:
-        """Make ``gradients`` of what the kernel read those of what the projections gave; forget the latter."""
-        raw = self.by_head(saved.pop("qkv"))
+        """Make ``gradients`` of what the kernel read those of what the projections gave."""
         for place, name in enumerate("qk"):
             gradient = self._by_head(gradients[place], self.heads[name])
             if self.context.rotary is not None:
                 rotate(gradient, *self.context.rotary, backwards=True)
             if name in self.head_norms:
-                statistics = saved.pop(f"{name} statistics")
-                gradient = self.head_norms[name].backward(gradient, raw[name], statistics)
-                gradients[place] = gradient.view_as(gradients[place])
+                before = self.head_norms[name].backward(gradient, *saved.pop(f"{name}_raw"))
+                gradients[place] = before.view_as(gradients[place])
 
 
 class FusedAttention(AttentionSegment):
@@ -117,9 +118,12 @@ class FusedAttention(AttentionSegment):
         """(y, saved)."""
         saved: Saved = {}
         source = self._normed(x, saved)
-        qkv = saved["qkv"] = torch.addmm(self.w["c_attn.bias"], source, self.w["c_attn.weight"])
+        qkv = torch.addmm(self.w["c_attn.bias"], source, self.w["c_attn.weight"])
         del source
-        attention = saved["attention"] = Attention(**self.by_head(qkv))
+        parts = self.by_head(qkv)
+        del qkv
+        attention = saved["attention"] = Attention(**parts)
+        del parts
         part = self._output_product(x, attention.context(), self.w["c_proj.weight"])
         return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
 
@@ -133,12 +137,6 @@ class FusedAttention(AttentionSegment):
         del full
         gradients = attention.backward(dcontext)
         del attention, dcontext
-        saved["gradient"] = saved.pop("qkv")
-        join(gradients, torch.split(saved["gradient"], self.widths, dim=1))
+        saved["gradient"] = torch.cat(gradients, dim=1)
+        del gradients
         return self._biased_input_backward("c_attn", saved, dy)
-
-
-def join(parts: list[torch.Tensor], columns: Iterable[torch.Tensor]) -> None:
-    """Copy ``parts`` side by side into ``columns``, and let go of each when that is done."""
-    for target in columns:
-        target.copy_(parts.pop(0))

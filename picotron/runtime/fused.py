@@ -111,7 +111,7 @@ class EqualProjections(Projections):
     def add_weight_gradient(
         self, gradients: torch.Tensor | Sequence[torch.Tensor], source: torch.Tensor
     ) -> None:
-        """Add the products of ``gradients`` [projections, T, out] and ``source`` to the weights' gradients."""
+        """Add the products of ``gradients`` [projections, T, out] and ``source`` to the gradients."""
         _, whole = self._parts("weight", gradient=True)
         if whole is None or not isinstance(gradients, torch.Tensor):
             super().add_weight_gradient([*gradients], source)
