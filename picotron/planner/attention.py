@@ -1,17 +1,19 @@
 """Bodies of attention, with projections apart or fused (GPT-2), forward and backward.
 
-They mirror the runtime's segments step by step. Causal attention is counted as flash kernels run it: half
-of the score matrix, and the scores once more in backward (Dao et al. 2022, arXiv:2205.14135).
+They mirror the runtime's segments step by step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from picotron.planner.body import Dims, Operation, Tensor
+from picotron.planner.attention_core import Core, log_sum_exp, mark_core, product
+from picotron.planner.body import Dims, Tensor
+from picotron.planner.heads import heads_backward, heads_forward
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
 from picotron.planner.products import bias_gradient, biased_input_backward, output_backward, output_projection
+from picotron.planner.ring import ring_backward, ring_forward
 from picotron.planner.topology import Topology
 
 
@@ -38,19 +40,23 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
             )
     _rotate_forward(ops, model)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)
-    attend(ops, forward=True, creates=[context, log_sum_exp(ops)])
+    attend(ops, Core(inputs=_read(ops, model), context=context, v_dim=d.head_dim))
     output_projection(ops, d.heads * d.head_dim)
+
+
+def _read(ops: Operations, model: ModelSpec) -> list[Tensor]:
+    """What lives for the attention core alone."""
+    d = ops.d
+    if model.qk_norm:
+        return [
+            _head_norm_tensors(ops, name, heads)[1] for name, heads in (("q", d.heads), ("k", d.kv_heads))
+        ]
+    return [ops.saved("qkv", d.tokens * sum(_widths(d)))]
 
 
 def _head_norm_tensors(ops: Operations, name: str, heads: int) -> tuple[Tensor, Tensor]:
     d = ops.d
     return ops.saved(f"{name}_inverse", d.tokens * heads), ops.saved(name, d.tokens * heads * d.head_dim)
-
-
-def log_sum_exp(ops: Operations) -> Tensor:
-    """What flash attention keeps of each row of scores."""
-    d = ops.d
-    return ops.saved("log_sum_exp", d.tokens * d.heads, itemsize=d.statistics_itemsize)
 
 
 def _rotate(ops: Operations, name: str, elements: int) -> None:
@@ -72,29 +78,22 @@ def _rotate_forward(ops: Operations, model: ModelSpec) -> None:
         _rotate(ops, name, d.tokens * width)
 
 
-def attend(
-    ops: Operations, *, forward: bool, creates: Iterable[Tensor], frees: Iterable[Tensor] = (), v_dim: int = 0
-) -> None:
-    """Causal flash attention: half of the score matrix; backward computes the scores once more."""
-    d = ops.d
-    if d.context > 1:
-        kv_bytes = 2 * d.tokens * d.kv_heads * d.head_dim * d.itemsize
-        steps = (d.context - 1) if forward else 2 * (d.context - 1)
-        ops.collective("exchange", "ring of keys and values", steps * kv_bytes, group="cp")
-    keys = d.seq_len * d.context
-    one = d.batch * d.heads * d.seq_len * (keys + 1)  # 2 · (s · keys / 2) multiply-adds, a unit of head_dim
-    widths = (d.head_dim + (v_dim or d.head_dim)) if forward else (3 * d.head_dim + 2 * (v_dim or d.head_dim))
-    ops.operations.append(
-        Operation(
-            name="attention" if forward else "attention backward",
-            kind="attention",
-            flops=one * widths,
-            moved_bytes=(4 if forward else 8) * d.tokens * d.heads * d.head_dim * d.itemsize,
-            creates=tuple(creates),
-            frees=tuple(frees),
-            shape=(d.seq_len, keys, d.head_dim, d.batch * d.heads),
-        )
-    )
+def attend(ops: Operations, core: Core) -> None:
+    """The attention core, over all ranks that share sequences; ``core.inputs`` stay unless heads are sent."""
+    if ops.d.context > 1:
+        (ring_forward if ops.d.context_parallel == "ring" else heads_forward)(ops, core)
+        return
+    product(ops, core, creates=[core.context, log_sum_exp(ops)])
+    mark_core(ops, len(ops.operations) - 1)
+
+
+def attend_backward(ops: Operations, core: Core, dcontext: Tensor) -> None:
+    """Its backward; frees all that forward has left, and ``dcontext``."""
+    if ops.d.context > 1:
+        (ring_backward if ops.d.context_parallel == "ring" else heads_backward)(ops, core, dcontext)
+        return
+    frees = [*core.inputs, core.context, log_sum_exp(ops), dcontext]
+    product(ops, core, backward=True, creates=core.gradients, frees=frees)
 
 
 def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
@@ -104,14 +103,9 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     context, dcontext = ops.saved("context", d.tokens * width), ops.tensor("dcontext", d.tokens * width)
     output_backward(ops, context, width, into="dcontext", bias=model.output_bias)
     widths = _widths(d)
-    qkv = ops.saved("qkv", d.tokens * sum(widths))
-    read = [qkv]
-    if model.qk_norm:
-        read = [
-            _head_norm_tensors(ops, name, heads)[1] for name, heads in (("q", d.heads), ("k", d.kv_heads))
-        ]
     gradients = [ops.tensor(f"d{name}", d.tokens * width) for name, width in zip("qkv", widths, strict=True)]
-    attend(ops, forward=False, creates=gradients, frees=[*read, context, log_sum_exp(ops), dcontext])
+    core = Core(inputs=_read(ops, model), context=context, gradients=gradients, v_dim=d.head_dim)
+    attend_backward(ops, core, dcontext)
     gradients = _before_core(ops, model, gradients)
     source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
     for name, width, gradient in zip("qkv", widths, gradients, strict=True):
@@ -152,15 +146,10 @@ def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topolog
     d = ops.d
     source = ops.gathered("gather attention input", ops.norm(model))
     width = d.heads * d.head_dim
-    ops.matmul(
-        "c_attn",
-        d.tokens,
-        d.hidden,
-        3 * width,
-        creates=[ops.saved("qkv", d.tokens * 3 * width)],
-        frees=[source],
-    )
-    attend(ops, forward=True, creates=[ops.saved("context", d.tokens * width), log_sum_exp(ops)])
+    qkv = ops.saved("qkv", d.tokens * 3 * width)
+    ops.matmul("c_attn", d.tokens, d.hidden, 3 * width, creates=[qkv], frees=[source])
+    context = ops.saved("context", d.tokens * width)
+    attend(ops, Core(inputs=[qkv], context=context, v_dim=d.head_dim))
     output_projection(ops, width)
 
 
@@ -172,7 +161,7 @@ def fused_attention_backward(ops: Operations, model: ModelSpec, topology: Topolo
     output_backward(ops, context, width, into="dcontext", bias=True)
     qkv = ops.saved("qkv", d.tokens * 3 * width)
     parts = [ops.tensor(f"d{name}", d.tokens * width) for name in "qkv"]
-    attend(ops, forward=False, creates=parts, frees=[qkv, context, log_sum_exp(ops), dcontext])
+    attend_backward(ops, Core(inputs=[qkv], context=context, gradients=parts, v_dim=d.head_dim), dcontext)
     fused = ops.tensor("dqkv", d.tokens * 3 * width)
     ops.kernel("join", d.tokens * 3 * width, creates=[fused], frees=parts)
     biased_input_backward(ops, model, "c_attn", fused, 3 * width)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from picotron.planner.body import Category, Dims, Operation, Tensor
+from attrs import evolve
+
+from picotron.planner.body import WAIT, Category, Dims, Operation, Tensor
 from picotron.planner.model import ModelSpec
 
 
@@ -104,6 +106,23 @@ class Operations:
                 frees=tuple(frees),
                 reads=tuple(reads),
             )
+        )
+
+    def exchange(
+        self, name: str, payload_bytes: int, *, creates: Iterable[Tensor], frees: Iterable[Tensor] = ()
+    ) -> None:
+        """A message to the next context-parallel rank and one from the rank before, under way until ``wait``.
+
+        With ``frees``, which die with it, it is waited for at once.
+        """
+        died = tuple(frees)
+        self.collective("exchange", name, payload_bytes, group="cp", creates=creates, frees=died)
+        self.operations[-1] = evolve(self.operations[-1], asynchronous=not died)
+
+    def wait(self, name: str, *, frees: Iterable[Tensor] = ()) -> None:
+        """The end of the exchange that is under way."""
+        self.operations.append(
+            Operation(name=f"wait for {name}", kind=WAIT, kernels=0, group="cp", frees=tuple(frees))
         )
 
     def gathered(self, name: str, local: Tensor, *, keep: bool = False, for_weights: bool = False) -> Tensor:

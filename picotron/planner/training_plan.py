@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from attrs import Attribute, Converter, field, frozen
 
 from picotron.errors import PlanError
@@ -17,6 +18,7 @@ from picotron.planner import plan_buckets, plan_program
 from picotron.planner.body import Bodies, Dims, dims
 from picotron.planner.catalogue import make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
+from picotron.planner.context import ContextParallel, check_context, token_positions
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket
 from picotron.planner.layout import Placement, is_held, layout, stage_segments
 from picotron.planner.model import ModelSpec, Segment
@@ -75,6 +77,7 @@ class TrainingPlan:
     ``zero_stage``: what ``shard`` of the dp * cp ranks (all, if None) share rather than copy: nothing (0),
     the optimizer's state (1), gradients too (2), parameters too (3). ``recompute`` and ``offload`` have one
     value for each decoder layer; one value given for all is repeated.
+    ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
 
@@ -87,6 +90,7 @@ class TrainingPlan:
     virtual_stages: int = field(default=1, validator=whole(1))
     micro_batch: int = field(default=1, validator=whole(1))
     sequence_parallel: bool = False
+    context: ContextParallel = "ring"
     stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
     zero_stage: int = field(default=0, validator=whole(0, 3))
@@ -107,6 +111,7 @@ class TrainingPlan:
         check_stages(self.model, self.topology.pp, self.virtual_stages)
         num_stages = self.topology.pp * self.virtual_stages
         check_stage_layers(self.stage_layers, num_stages, self.model.num_layers)
+        check_context(self.context, self.model, self.topology, self.workload.seq_len)
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
@@ -214,7 +219,12 @@ class TrainingPlan:
             sequence_parallel=self.sequence_parallel,
             itemsize=self.format.compute,
             tp_index=tp_index,
+            context=self.context,
         )
+
+    def token_positions(self, cp_index: int) -> np.ndarray:
+        """Where the tokens of context-parallel rank ``cp_index`` stand in their sequence, ascending."""
+        return token_positions(self.workload.seq_len, self.topology.cp, cp_index, self.context)
 
     def bodies(self, stage: int, tp_index: int = 0) -> Bodies:
         """What ``stage`` does with one microbatch, phase by phase."""

@@ -10,8 +10,8 @@ import torch
 
 from picotron.planner.model import Segment
 from picotron.runtime.fused import Projections
-from picotron.runtime.kernels import Attention, RmsNorm, rotate
-from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
+from picotron.runtime.kernels import RmsNorm, rotate
+from picotron.runtime.segment import AttentionCore, Context, Saved, SegmentRunner, Tokens
 
 
 class AttentionSegment(SegmentRunner):
@@ -64,7 +64,7 @@ class SplitAttention(AttentionSegment):
                 rotate(rotated, *self.context.rotary)
             del rotated
         del qkv
-        attention = saved["attention"] = Attention(**parts)
+        attention = saved["attention"] = self.context.attend(parts)
         del parts
         part = self._output_product(x, attention.context(), self.w["o_proj.weight"].t())
         y = self._residual(x, part)
@@ -79,7 +79,7 @@ class SplitAttention(AttentionSegment):
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        attention: Attention = saved.pop("attention")
+        attention: AttentionCore = saved.pop("attention")
         self._add_bias_gradient("o_proj.bias", dy)
         full = self.context.gather(dy)
         self._add_product(saved, "o_proj.weight", full, attention.context())
@@ -122,14 +122,14 @@ class FusedAttention(AttentionSegment):
         del source
         parts = self.by_head(qkv)
         del qkv
-        attention = saved["attention"] = Attention(**parts)
+        attention = saved["attention"] = self.context.attend(parts)
         del parts
         part = self._output_product(x, attention.context(), self.w["c_proj.weight"])
         return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        attention: Attention = saved.pop("attention")
+        attention: AttentionCore = saved.pop("attention")
         self._add_bias_gradient("c_proj.bias", dy)
         full = self.context.gather(dy)
         self._add_product(saved, "c_proj.weight", full, attention.context())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from picotron.errors import ExecutionError
-from picotron.planner.body import Operation
+from picotron.planner.body import WAIT, Operation
 from picotron.runtime.backend import Backend, Group, Handle
 
 
@@ -60,6 +60,34 @@ class Communicator:
         self._expect("reduce_scatter", group, input)
         self._finish(self.backend.reduce_scatter(output, input, self._group(group)))
 
+    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
+        """Send part i of ``input``, along dim 0, to member i, and receive its part as that of ``output``."""
+        self._expect("all_to_all", group, input)
+        self._finish(self.backend.all_to_all(output, input, self._group(group)))
+
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: str) -> None:
+        """Send ``input`` to the next member, and receive ``output`` from the one before."""
+        self._expect("exchange", group, input)
+        self._finish(self.backend.exchange(output, input, self._group(group)))
+
+    def start_exchange(self, output: torch.Tensor, input: torch.Tensor, group: str) -> Handle:
+        """As ``exchange``, under way until ``wait``."""
+        self._expect("exchange", group, input)
+        handle = self.backend.exchange(output, input, self._group(group))
+        self._spend()
+        return handle
+
+    def wait(self, handle: Handle, group: str) -> None:
+        """Return once what is under way over ``group`` has ended, at its place in the plan."""
+        self._next(WAIT, group)
+        self._cursor += 1
+        self._finish(handle)
+
+    def place(self, group: str) -> tuple[int, int]:
+        """Index of this rank in ``group``, and the group's size."""
+        members = self._group(group)
+        return members.index(self.backend.rank), members.size
+
     def start_all_reduce(self, tensor: torch.Tensor, group: str, planned_bytes: int) -> Handle:
         """Post the sum of ``tensor`` over ``group``, a row of the program with ``planned_bytes``."""
         self._count("all_reduce", group, tensor, planned_bytes)
@@ -94,6 +122,12 @@ class Communicator:
 
     def _expect(self, kind: str, group: str, tensor: torch.Tensor) -> None:
         """Advance the cursor over the next planned collective, which must be this one."""
+        planned = self._next(kind, group)
+        self._count(kind, group, tensor, planned.payload_bytes)
+        self._cursor += 1
+
+    def _next(self, kind: str, group: str) -> Operation:
+        """What the plan has next, which must be this."""
         if self._cursor >= len(self._planned):
             raise self._error(f"no further collective is planned here, got {kind} over {group}")
         planned = self._planned[self._cursor]
@@ -102,8 +136,7 @@ class Communicator:
                 f"the plan's next collective is {planned.kind} {planned.name!r} over {planned.group}, "
                 f"got {kind} over {group}"
             )
-        self._count(kind, group, tensor, planned.payload_bytes)
-        self._cursor += 1
+        return planned
 
     def _count(self, kind: str, group: str, tensor: torch.Tensor, planned_bytes: int) -> None:
         size = tensor.numel() * tensor.element_size()

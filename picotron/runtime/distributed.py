@@ -37,6 +37,7 @@ from picotron.runtime.backend import (
     check_all_reduce,
     check_all_to_all,
     check_broadcast,
+    check_exchange,
     check_message,
     check_ranks,
     check_reduce_scatter,
@@ -194,6 +195,20 @@ class DistributedBackend:
             group,
             lambda pg: dist.all_to_all_single(
                 output, input, list(received), list(sent), group=pg, async_op=True
+            ),
+        )
+
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Send ``input`` to the next member and receive from the one before: an uneven all_to_all."""
+        check_exchange(self.rank, group, output, input)
+        place, size = group.index(self.rank), group.size
+        received, sent = ([0] * size for _ in range(2))
+        received[place - 1] = sent[(place + 1) % size] = input.numel()
+        return self._post(
+            "exchange",
+            group,
+            lambda pg: dist.all_to_all_single(
+                output.view(-1), input.view(-1), received, sent, group=pg, async_op=True
             ),
         )
 

@@ -114,6 +114,7 @@ class Session:
         self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
         self.communicator = Communicator(backend, open_groups(plan, backend))
+        self.positions = plan.token_positions(self.where.cp)
         self.parameters = Parameters(plan, self.where, backend.device, weights or initial_weights(plan))
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
@@ -147,14 +148,14 @@ class Session:
         plan, model, device = self.plan, self.plan.model, self.backend.device
         d = plan.dims(self.where.tp)
         rotary = positions = None
+        places = torch.from_numpy(self.positions).to(device)
         if model.rope_theta is not None:
-            places = torch.arange(d.seq_len, device=device)
             rotary = rotary_tables(
                 places, model.head_dim, model.rope_theta, model.rope_scaling, self.parameters.dtype
             )
         elif self.plan.stage_rank(0) == self.where.pp:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
-            positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
+            positions = places[(torch.arange(d.local_tokens, device=device) + first) % d.seq_len]
         return Context(
             model=model,
             dims=d,
@@ -176,13 +177,14 @@ class Session:
         }
 
     def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
-        """Run the program once over this rank's microbatches.
+        """Run the program once over this rank's microbatches, of which it takes its tokens.
 
         Raises LossError, before any weight changes, where loss or gradient norm is not finite.
         """
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
         tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
+        batches = [batch.at(self.positions) for batch in batches]
         walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
@@ -283,7 +285,7 @@ class Session:
         body, cost = self.stages[row.stage].planned(row.kind, order)
         action = f"{self.row_names[index]} {body.name}"
         self.backend.at(self.num_steps, index, action)
-        self.communicator.open(action, index, body.collectives, cost.compute)
+        self.communicator.open(action, index, body.communication, cost.compute)
         if walk.tracker is not None:
             walk.tracker.restart_peak()
         yield

@@ -64,8 +64,6 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"the family {model.family} (runnable: {', '.join(RUNNABLE_FAMILIES)})")
     if plan.workload.precision not in RUNNABLE_PRECISIONS:
         found.append(f"precision {plan.workload.precision} (runnable: {', '.join(RUNNABLE_PRECISIONS)})")
-    if plan.topology.cp > 1:
-        found.append(f"context parallelism, cp={plan.topology.cp} (runnable: cp=1)")
     activation = "silu" if model.gated_mlp else "gelu_tanh"
     if model.activation != activation and model.family in RUNNABLE_FAMILIES:
         found.append(f"activation {model.activation} in {model.family} (runnable: {activation})")

@@ -23,7 +23,9 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.fused import EqualProjections
-from picotron.runtime.kernels import LayerNorm, Norm, RmsNorm
+from picotron.runtime.heads import HeadsAttention
+from picotron.runtime.kernels import Attention, LayerNorm, Norm, RmsNorm
+from picotron.runtime.ring import RingAttention
 
 Saved = dict[str, Any]
 Product = tuple[str, torch.Tensor, torch.Tensor | None]  # weights, gradient of the output, input or NORMED
@@ -38,6 +40,16 @@ class Tokens(Protocol):
 
     def labels(self) -> torch.Tensor:
         """Fresh on the device."""
+
+
+class AttentionCore(Protocol):
+    """Attention that has been computed, once its backward has not."""
+
+    def context(self) -> torch.Tensor:
+        """What was attended to, [T, heads * d]."""
+
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of q, k and v, each [T, heads * d], from that of the context."""
 
 
 @define(kw_only=True)
@@ -71,6 +83,17 @@ class Context:
         if self.dims.tp > 1:
             self.communicator.all_reduce(full, "tp")
         return full
+
+    def attend(self, parts: dict[str, torch.Tensor]) -> AttentionCore:
+        """Causal attention of q, k and v, each [batch, s, heads, d]; over all ranks that share sequences.
+
+        ``parts`` may come back empty: what it held lives no longer than it is needed.
+        """
+        if self.dims.context == 1:
+            return Attention(parts["q"], parts["k"], parts["v"])
+        if self.dims.context_parallel == "ring":
+            return RingAttention(parts, self.communicator)
+        return HeadsAttention(parts, self.communicator)
 
     @property
     def vocabulary(self) -> tuple[int, int]:

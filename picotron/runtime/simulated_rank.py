@@ -25,6 +25,7 @@ from picotron.runtime.backend import (
     check_all_reduce,
     check_all_to_all,
     check_broadcast,
+    check_exchange,
     check_message,
     check_ranks,
     check_reduce_scatter,
@@ -160,6 +161,12 @@ class SimulatedBackend:
         agreed = (input.dtype, list(input.shape[1:]))
         arguments = (output, input, received, sent)
         return self._collective("all_to_all", group, agreed, arguments, (input, output))
+
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Send ``input`` to the next member and receive from the one before."""
+        check_exchange(self.rank, group, output, input)
+        agreed = (input.dtype, list(input.shape))
+        return self._collective("exchange", group, agreed, (output, input), (input, output))
 
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
         """Replace ``tensor`` by that of world rank ``source``."""
