@@ -12,7 +12,13 @@ from picotron.planner.body import Dims, Tensor
 from picotron.planner.heads import heads_backward, heads_forward
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
-from picotron.planner.products import bias_gradient, biased_input_backward, output_backward, output_projection
+from picotron.planner.products import (
+    bias_gradient,
+    biased_input_backward,
+    input_backward,
+    output_backward,
+    output_projection,
+)
 from picotron.planner.ring import ring_backward, ring_forward
 from picotron.planner.topology import Topology
 
@@ -107,18 +113,19 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     core = Core(inputs=_read(ops, model), context=context, gradients=gradients, v_dim=d.head_dim)
     attend_backward(ops, core, dcontext)
     gradients = _before_core(ops, model, gradients)
-    source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
-    for name, width, gradient in zip("qkv", widths, gradients, strict=True):
-        ops.matmul(f"{name}_proj weight", width, d.tokens, d.hidden, reads=[gradient, source])
-    ops.kernel("free", 0, kernels=0, frees=[source])
-    if model.qkv_bias:
-        for name, width in zip("qkv", widths, strict=True):
+
+    def weights(source: Tensor) -> None:
+        for name, width, gradient in zip("qkv", widths, gradients, strict=True):
+            ops.matmul(f"{name}_proj weight", width, d.tokens, d.hidden, reads=[gradient, source])
+        for name, width in zip("qkv", widths, strict=True) if model.qkv_bias else ():
             bias_gradient(ops, f"{name}_proj", d.tokens, width)
-    full = ops.dnormed()
-    for name, width in zip("qkv", widths, strict=True):
-        creates, frees = [full] if name == "q" else [], gradients if name == "v" else []
-        ops.matmul(f"{name}_proj input", d.tokens, width, d.hidden, creates=creates, frees=frees)
-    ops.norm_backward(model, full)
+
+    def inputs(full: Tensor) -> None:
+        for name, width in zip("qkv", widths, strict=True):
+            creates = [full] if name == "q" else []
+            ops.matmul(f"{name}_proj input", d.tokens, width, d.hidden, creates=creates)
+
+    input_backward(ops, model, "attention", gradients, weights, inputs)
 
 
 def _before_core(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor]) -> list[Tensor]:

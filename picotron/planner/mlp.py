@@ -6,9 +6,16 @@ take the memory of what they are the gradients of.
 
 from __future__ import annotations
 
+from picotron.planner.body import Tensor
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
-from picotron.planner.products import bias_gradient, biased_input_backward, output_backward, residual
+from picotron.planner.products import (
+    bias_gradient,
+    biased_input_backward,
+    input_backward,
+    output_backward,
+    residual,
+)
 from picotron.planner.topology import Topology
 
 
@@ -37,15 +44,18 @@ def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     output_backward(ops, product, d.intermediate, into="dproduct", last=True, bias=model.mlp_bias)
     ops.kernel("gate gradient", size, passes=6, kernels=2)  # in the memory of gate, as that of up is of up
     ops.kernel("up gradient", size, passes=3, frees=[active, dproduct])
-    source = ops.gathered("gather mlp input", ops.norm_again(model), for_weights=True)
     width = 2 * d.intermediate
-    ops.matmul("gate_up weight", width, d.tokens, d.hidden, frees=[source], reads=[gate_up, source])
-    if model.mlp_bias:
-        bias_gradient(ops, "gate_up", d.tokens, width)
-    full = ops.dnormed()
-    ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
-    ops.matmul("up input", d.tokens, d.intermediate, d.hidden, frees=[gate_up])
-    ops.norm_backward(model, full)
+
+    def weights(source: Tensor) -> None:
+        ops.matmul("gate_up weight", width, d.tokens, d.hidden, reads=[gate_up, source])
+        if model.mlp_bias:
+            bias_gradient(ops, "gate_up", d.tokens, width)
+
+    def inputs(full: Tensor) -> None:
+        ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
+        ops.matmul("up input", d.tokens, d.intermediate, d.hidden)
+
+    input_backward(ops, model, "mlp", [gate_up], weights, inputs)
 
 
 def plain_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:

@@ -119,10 +119,10 @@ class Operations:
         self.collective("exchange", name, payload_bytes, group="cp", creates=creates, frees=died)
         self.operations[-1] = evolve(self.operations[-1], asynchronous=not died)
 
-    def wait(self, name: str, *, frees: Iterable[Tensor] = ()) -> None:
-        """The end of the exchange that is under way."""
+    def wait(self, name: str, *, group: str = "cp", frees: Iterable[Tensor] = ()) -> None:
+        """The end of what is under way over ``group``."""
         self.operations.append(
-            Operation(name=f"wait for {name}", kind=WAIT, kernels=0, group="cp", frees=tuple(frees))
+            Operation(name=f"wait for {name}", kind=WAIT, kernels=0, group=group, frees=tuple(frees))
         )
 
     def gathered(self, name: str, local: Tensor, *, keep: bool = False, for_weights: bool = False) -> Tensor:
@@ -140,6 +140,14 @@ class Operations:
             self.collective("reduce_scatter", name, full.bytes, creates=[local], frees=[full])
         elif self.d.tp > 1:
             self.collective("all_reduce", name, full.bytes)
+
+    def start_reduced(self, name: str, full: Tensor, local: Tensor) -> None:
+        """As ``reduced`` over more than one rank, under way until ``wait``, which frees ``full``."""
+        if self.d.sequence_parallel:
+            self.collective("reduce_scatter", name, full.bytes, creates=[local])
+        else:
+            self.collective("all_reduce", name, full.bytes)
+        self.operations[-1] = evolve(self.operations[-1], asynchronous=True)
 
     def partial_sum(self, local: Tensor) -> Tensor:
         """Where a row-parallel product lands before it is reduced into ``local``."""
@@ -179,11 +187,20 @@ class Operations:
         return normed
 
     def norm_backward(self, model: ModelSpec, full: Tensor) -> None:
-        """From the gradient of the normed input (``full``) to ``i.g``."""
+        """From the gradient of the normed input (``full``), before it is summed, to ``i.g``."""
+        part = self.dnormed_local(full)
+        self.reduced("reduce gradient", full, part)
+        self.local_norm_backward(model, part)
+
+    def dnormed_local(self, full: Tensor) -> Tensor:
+        """Where the gradient of the normed input, ``full``, is once it is summed."""
+        d = self.d
+        return self.tensor("dnormed_local", d.local_tokens * d.hidden) if d.sequence_parallel else full
+
+    def local_norm_backward(self, model: ModelSpec, part: Tensor) -> None:
+        """From ``part``, this rank's gradient of the normed input, to ``i.g``."""
         d, x, incoming = self.d, self.x(), self.g(1)
         size = d.local_tokens * d.hidden
-        part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
-        self.reduced("reduce gradient", full, part)
         if model.norm == "rms":
             self.rms_backward("norm backward", d.local_tokens, d.hidden, creates=self.g(), frees=part)
         else:

@@ -6,6 +6,8 @@ place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from picotron.planner.model import Segment
@@ -88,15 +90,18 @@ class SplitAttention(AttentionSegment):
         gradients = attention.backward(dcontext)
         del attention, dcontext
         self._before_core(saved, gradients)
-        source = self._source(saved)
+        dnormed = self._input_backward(saved, gradients)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.qkv.input_gradient(gradients)
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
         for name, gradient in zip(self.qkv.names, gradients, strict=True):
             self._add_product(saved, f"{name}.weight", gradient, source)
-        del source, gradient
         self.qkv.add_bias_gradient(gradients)
-        dnormed = self.qkv.input_gradient(gradients)
-        del gradients
-        dnormed = self.context.reduce(dnormed)
-        return self._norm_backward(saved, dnormed).add_(dy)
 
     def _before_core(self, saved: Saved, gradients: list[torch.Tensor]) -> None:
         """Make ``gradients`` of what the kernel read those of what the projections gave."""
@@ -137,6 +142,15 @@ class FusedAttention(AttentionSegment):
         del full
         gradients = attention.backward(dcontext)
         del attention, dcontext
-        saved["gradient"] = torch.cat(gradients, dim=1)
-        del gradients
-        return self._biased_input_backward("c_attn", saved, dy)
+        gradients = [torch.cat(gradients, dim=1)]
+        dnormed = self._input_backward(saved, gradients)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.mm(gradients[0], self.w["c_attn.weight"].t())
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "c_attn.weight", gradients[0], source)
+        self._add_bias_gradient("c_attn.bias", gradients[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
+from picotron.planner.layout import even_ranges
 from picotron.planner.model import Segment
 from picotron.runtime.kernels import vocabulary_slice
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
@@ -62,7 +65,8 @@ class Embedding(SegmentRunner):
 class Head(SegmentRunner):
     """Final norm, vocabulary-parallel logits and the loss summed over valid tokens.
 
-    Forward leaves in the logits' memory the gradient of (loss sum / valid tokens of the step).
+    Forward leaves in the logits' memory the gradient of (loss sum / valid tokens of the step); in chunks of
+    tokens, that of the normed input, and has added the table's.
     """
 
     def __init__(self, context: Context, segment: Segment) -> None:
@@ -84,10 +88,24 @@ class Head(SegmentRunner):
         """(an empty tensor, saved); the loss is added to the context's statistics."""
         saved: Saved = {}
         labels = microbatch.labels()
-        logits = self.logits(x, saved)
-        self._logit_gradient(logits, labels)
-        saved["logits"] = logits
+        if self.dims.loss_chunks > 1:
+            saved["dnormed"] = self.context.reduce(self._in_chunks(self._normed(x, saved), labels))
+        else:
+            logits = self.logits(x, saved)
+            self._logit_gradient(logits, labels)
+            saved["logits"] = logits
         return x.new_empty(0), saved
+
+    def _in_chunks(self, source: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The gradient of ``source``, the normed input; that of the table is added to."""
+        dnormed = torch.empty_like(source)
+        for first, stop in even_ranges(self.dims.tokens, self.dims.loss_chunks):
+            logits = torch.mm(source[first:stop], self.weight.t())
+            self._logit_gradient(logits, labels[first:stop])
+            self._multiply("table", logits, source[first:stop])
+            torch.mm(logits, self.weight, out=dnormed[first:stop])
+            del logits
+        return dnormed
 
     def _logit_gradient(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Cross-entropy over the cut vocabulary, in place (Shoeybi et al. 2019, section 3)."""
@@ -125,9 +143,14 @@ class Head(SegmentRunner):
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x; dy is not looked at."""
-        logits = saved.pop("logits")
-        self._add_product(saved, "table", logits, self._source(saved))
-        dnormed = torch.mm(logits, self.weight)
-        del logits
-        dnormed = self.context.reduce(dnormed)
-        return self._norm_backward(saved, dnormed)
+        if "dnormed" in saved:
+            return self._norm_backward(saved, saved.pop("dnormed"), last=True)
+        return self._norm_backward(saved, self._input_backward(saved, [saved.pop("logits")]))
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.mm(gradients[0], self.weight)
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "table", gradients[0], source)

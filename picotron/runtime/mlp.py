@@ -5,6 +5,8 @@ Gate and up are made by one product, [2, T, intermediate]; in backward their gra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -50,14 +52,19 @@ class GatedMlp(SegmentRunner):
         torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
         torch.mul(active, dproduct, out=up)
         del active, dproduct, gate, up
-        source = self._source(saved)
-        self._add_product(saved, "gate_up", gate_up, source)
-        del source
-        self.gate_up.add_bias_gradient(gate_up)
-        dnormed = self.gate_up.input_gradient(gate_up)
+        gradients = [gate_up]
         del gate_up
-        dnormed = self.context.reduce(dnormed)
+        dnormed = self._input_backward(saved, gradients)
         return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.gate_up.input_gradient(gradients[0].unbind())
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "gate_up", gradients[0], source)
+        self.gate_up.add_bias_gradient(gradients[0].unbind())
 
 
 class PlainMlp(SegmentRunner):
@@ -88,6 +95,16 @@ class PlainMlp(SegmentRunner):
         del full
         torch.ops.aten.gelu_backward.grad_input(dactive, fc, approximate="tanh", grad_input=fc)
         del dactive
-        saved["gradient"] = fc
+        gradients = [fc]
         del fc
-        return self._biased_input_backward("c_fc", saved, dy)
+        dnormed = self._input_backward(saved, gradients)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.mm(gradients[0], self.w["c_fc.weight"].t())
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "c_fc.weight", gradients[0], source)
+        self._add_bias_gradient("c_fc.bias", gradients[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from attrs import define
 from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
+from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.fused import EqualProjections
 from picotron.runtime.heads import HeadsAttention
@@ -50,6 +52,21 @@ class AttentionCore(Protocol):
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of q, k and v, each [T, heads * d], from that of the context."""
+
+
+@define
+class Pending:
+    """A sum over tp that is under way."""
+
+    communicator: Communicator
+    handle: Handle
+    summed: torch.Tensor
+    source: torch.Tensor  # lives as long
+
+    def wait(self) -> torch.Tensor:
+        """The sum."""
+        self.communicator.wait(self.handle, "tp")
+        return self.summed
 
 
 @define(kw_only=True)
@@ -83,6 +100,14 @@ class Context:
         if self.dims.tp > 1:
             self.communicator.all_reduce(full, "tp")
         return full
+
+    def start_reduce(self, full: torch.Tensor) -> Pending:
+        """As ``reduce`` over more than one rank, under way until the result is asked for."""
+        if not self.dims.sequence_parallel:
+            return Pending(self.communicator, self.communicator.post_all_reduce(full, "tp"), full, full)
+        local = full.new_empty(self.dims.local_tokens, *full.shape[1:])
+        handle = self.communicator.post_reduce_scatter(local, full, "tp")
+        return Pending(self.communicator, handle, local, full)
 
     def attend(self, parts: dict[str, torch.Tensor]) -> AttentionCore:
         """Causal attention of q, k and v, each [batch, s, heads, d]; over all ranks that share sequences.
@@ -190,23 +215,41 @@ class SegmentRunner(ABC):
         """``x`` and the sum over tp of what ``_output_product`` gave, for this rank's tokens."""
         return part if self.dims.tp == 1 else self.context.reduce(part).add_(x)
 
-    def _norm_backward(self, saved: Saved, dnormed: torch.Tensor) -> torch.Tensor:
-        """From the local gradient of the normed x to that of x."""
+    def _norm_backward(self, saved: Saved, dnormed: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+        """From the local gradient of the normed x to that of x; ``last``: no product needs the norm again."""
         assert self.norm is not None
-        return self.norm.backward(dnormed, saved["x"], saved["statistics"])
+        take = saved.pop if last else saved.__getitem__
+        return self.norm.backward(dnormed, take("x"), take("statistics"))
 
     def _add_bias_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if name in self.d:
             self.d[name].add_(gradient.sum(0))
 
-    def _biased_input_backward(self, name: str, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
-        """Backward of the residual and of ``norm(x) @ weight + bias``, whose output's gradient is saved."""
-        gradient = saved.pop("gradient")
-        self._add_product(saved, f"{name}.weight", gradient, self._source(saved))
-        self._add_bias_gradient(f"{name}.bias", gradient)
-        dnormed = torch.mm(gradient, self.w[f"{name}.weight"].t())
-        del gradient
-        dnormed = self.context.reduce(dnormed)
-        dx = self._norm_backward(saved, dnormed)
-        del dnormed
-        return dx.add_(dy)
+    def _input_backward(self, saved: Saved, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Gradient of the normed x from ``gradients`` of its products, which are let go of; and the weights'.
+
+        Where they overlap, these are multiplied while that one is summed over tp.
+        """
+        context = self.context
+        if self.dims.tensor_overlap == "none":
+            self._weight_gradients(saved, gradients, self._source(saved))
+            dnormed = self._input_gradient(gradients)
+            gradients.clear()
+            return context.reduce(dnormed)
+        source = self._source(saved) if self.dims.sequence_parallel else None
+        pending = context.start_reduce(self._input_gradient(gradients))
+        source = source if self.dims.sequence_parallel else self._source(saved)
+        self._weight_gradients(saved, gradients, source)
+        gradients.clear()
+        del source
+        return pending.wait()
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of the normed x, this rank's part, from ``gradients`` of its products."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies no normed input")
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        """Add the weights' from ``gradients`` and the normed x, and those of biases."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies no normed input")
