@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from attrs import frozen
 from hypothesis import strategies as st
 
+from picotron.planner.body import TensorOverlap
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
@@ -129,6 +130,8 @@ def trainings(
         virtual_stages=chunks,
         bucket_bytes=draw(st.sampled_from([DEFAULT_BUCKET_BYTES, 10_000, 1])),
         order=draw(st.sampled_from(ORDERS)),
+        loss_chunks=draw(st.sampled_from([1, 1, 2, 3])),
+        tensor_overlap=draw(st.sampled_from(get_args(TensorOverlap))) if tp > 1 else "none",
     )
     ragged = work.global_batch >= 4 and draw(st.booleans())  # fewer might all be without a label
     return Training(plan=made, ragged=ragged, seed=draw(st.integers(0, 2)))

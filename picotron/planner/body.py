@@ -24,6 +24,9 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
 from picotron.planner.topology import Topology
 
+TensorOverlap = Literal[
+    "none", "weight_gradient"
+]  # what computes while an input's gradient is summed over tp
 Category = Literal[
     "parameters", "gradients", "optimizer", "constants", "data", "activations", "workspace", "buffers"
 ]
@@ -144,6 +147,8 @@ class Dims:
     tp: int
     sequence_parallel: bool
     itemsize: int
+    loss_chunks: int = 1  # in which the loss takes the tokens
+    tensor_overlap: TensorOverlap = "none"
 
     @property
     def tokens(self) -> int:
@@ -181,6 +186,8 @@ def dims(
     itemsize: int,
     tp_index: int = 0,
     context: ContextParallel = "ring",
+    loss_chunks: int = 1,
+    tensor_overlap: TensorOverlap = "none",
 ) -> Dims:
     """The local sizes at ``tp_index``. Raises PlanError where tokens cannot be cut evenly."""
     tp, cp = topology.tp, topology.cp
@@ -207,6 +214,8 @@ def dims(
         tp=tp,
         sequence_parallel=sequence_parallel,
         itemsize=itemsize,
+        loss_chunks=loss_chunks,
+        tensor_overlap=tensor_overlap,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from picotron.errors import PlanError
+from picotron.planner.body import TensorOverlap
 from picotron.planner.catalogue import known, make_schedule
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.context import ContextParallel, chosen_context
@@ -52,6 +53,8 @@ def plan(
     micro_batch: int = 1,
     sequence_parallel: bool | None = None,
     context: ContextParallel | None = None,
+    loss_chunks: int = 1,
+    tensor_overlap: TensorOverlap = "none",
     stage_layers: tuple[int, ...] | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     zero_stage: int = 0,
@@ -98,6 +101,8 @@ def plan(
         micro_batch=micro_batch,
         sequence_parallel=sequence_parallel,
         context=context,
+        loss_chunks=loss_chunks,
+        tensor_overlap=tensor_overlap,
         stage_layers=stage_layers,
         bucket_bytes=bucket_bytes,
         zero_stage=zero_stage,

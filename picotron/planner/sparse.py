@@ -88,7 +88,7 @@ def latent_attention_backward(ops: Operations, model: ModelSpec, topology: Topol
     core = Core(inputs=kept, context=context, gradients=gradients, v_dim=latent.v_head_dim)
     attend_backward(ops, core, dcontext)
     source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
-    full = ops.dnormed(model)
+    full = ops.dnormed()
     projections = _latent_projections(ops, model)
     low_rank = {name: ops.saved(name, d.tokens * out) for name, _, out, kept in projections if kept}
     reads = _latent_products(source, low_rank, gradients)

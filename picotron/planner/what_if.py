@@ -33,6 +33,8 @@ OPTIONS = (
     "offload",
     "sequence_parallel",
     "context",
+    "loss_chunks",
+    "tensor_overlap",
 )
 STAGES = ("schedule", "virtual_stages", "stage_layers")
 WORK = tuple(attribute.name for attribute in fields(Workload))
@@ -72,6 +74,8 @@ def changed(
         options["sequence_parallel"] = _sequence_parallel(base, settings["tp"])
     if "context" not in settings:
         options["context"] = _context(base, model, options, work)
+    if "tensor_overlap" not in settings and options["tp"] == 1:
+        options["tensor_overlap"] = "none"
     for name in ("recompute", "offload"):
         values = getattr(base, name)
         if name not in settings and model.num_layers != base.model.num_layers:

@@ -77,6 +77,16 @@ class Communicator:
         self._spend()
         return handle
 
+    def post_all_reduce(self, tensor: torch.Tensor, group: str) -> Handle:
+        """As ``all_reduce`` of a sum, under way until ``wait``."""
+        self._expect("all_reduce", group, tensor)
+        return self._posted(self.backend.all_reduce(tensor, self._group(group)))
+
+    def post_reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, group: str) -> Handle:
+        """As ``reduce_scatter``, under way until ``wait``."""
+        self._expect("reduce_scatter", group, input)
+        return self._posted(self.backend.reduce_scatter(output, input, self._group(group)))
+
     def wait(self, handle: Handle, group: str) -> None:
         """Return once what is under way over ``group`` has ended, at its place in the plan."""
         self._next(WAIT, group)
@@ -107,6 +117,10 @@ class Communicator:
         """Compute the stretch that leads up to the next collective, or to the end of the segment."""
         if self._stretches:
             self.backend.spend(self._stretches[self._cursor])
+
+    def _posted(self, handle: Handle) -> Handle:
+        self._spend()
+        return handle
 
     def _finish(self, handle: Handle) -> None:
         handle.wait()

@@ -7,6 +7,7 @@ Norms and rotations work in place on what they own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ class Norm(Protocol):
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x; ``grad``, that of the output, is consumed. Weight gradients accumulate."""
+        """The gradient of x; ``grad`` is that of the output. Weight gradients accumulate."""
 
 
 class RmsNorm:
@@ -49,16 +50,20 @@ class RmsNorm:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x, in the memory of ``grad``."""
+        """The gradient of x.
+
+        Layer norm's kernel with a mean of 0 does all but one step: it takes the mean over the row of what
+        comes in off it, which is given back.
+        """
         (inverse,) = statistics
-        unit = x * inverse
-        product = grad * unit
-        self.gradient.add_(product.sum(dim=tuple(range(product.dim() - 1))))
-        dot = product @ self.weight
-        del product
-        grad.mul_(self.weight)
-        grad.addcmul_(unit, dot.unsqueeze(-1), value=-1 / x.shape[-1])
-        return grad.mul_(inverse)
+        size = x.shape[-1]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [size], torch.zeros_like(inverse), inverse, self.weight, None, [True, True, False]
+        )
+        self.gradient.add_(dweight)
+        taken = torch.mv(grad.reshape(-1, size), self.weight).view_as(inverse).mul_(inverse)
+        out: torch.Tensor = dx.add_(taken, alpha=1 / size)
+        return out
 
 
 class LayerNorm:
@@ -123,11 +128,17 @@ def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwards: bool = False) -> None:
     """Rotate x [batch, s, heads, d] by its positions, in place; ``backwards`` undoes it."""
-    first, second = x.chunk(2, dim=-1)
     sign = -1 if backwards else 1
-    half = first.clone()
-    first.mul_(cosine).addcmul_(second, sine, value=-sign)
-    second.mul_(cosine).addcmul_(half, sine, value=sign)
+    for part in _at_a_time(x):
+        first, second = part.chunk(2, dim=-1)
+        half = first.clone()
+        first.mul_(cosine).addcmul_(second, sine, value=-sign)
+        second.mul_(cosine).addcmul_(half, sine, value=sign)
+
+
+def _at_a_time(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What several steps over x [batch, ...] take at a time: on a processor one sequence, for its caches."""
+    return torch.split(x, 1) if x.device.type == "cpu" else (x,)
 
 
 class Attention:

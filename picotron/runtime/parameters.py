@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from picotron.planner.body import Category
+from picotron.planner.layout import local_shape
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import Coordinate
 from picotron.runtime.layout import DTYPES, WeightSource, slice_of
@@ -30,11 +33,21 @@ class Parameters:
         self.plan, self.where = plan, where
         self.placements = plan.held(where)
         self.dtype = DTYPES[plan.workload.precision]
-        self.weights = {p.name: slice_of(source(p), p, where).to(device, self.dtype) for p in self.placements}
+        self.weights = self._load(device, source)
         self.buckets: dict[tuple[int, int], torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self._open_buckets(device)
         self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
+
+    def _load(self, device: torch.device, source: WeightSource) -> dict[str, torch.Tensor]:
+        """Views of one flat buffer, in plan order, so that projections of one input are one weight."""
+        shapes = {p.name: local_shape(p, self.where) for p in self.placements}
+        flat = torch.empty(sum(map(math.prod, shapes.values())), dtype=self.dtype, device=device)
+        parts = torch.split(flat, [*map(math.prod, shapes.values())])
+        views = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        for placement in self.placements:
+            views[placement.name].copy_(slice_of(source(placement), placement, self.where))
+        return views
 
     def _open_buckets(self, device: torch.device) -> None:
         """One flat gradient buffer a bucket, and each parameter's view of its own."""

@@ -201,6 +201,22 @@ def test_a_schedule_of_ones_own() -> None:
         ),
         (1, {"sequence_parallel": True}, "sequence_parallel needs tp > 1, got tp=1; leave it out"),
         (
+            1,
+            {"tensor_overlap": "weight_gradient"},
+            "tensor_overlap=weight_gradient needs tp > 1, got tp=1; leave it out",
+        ),
+        (
+            1,
+            {"loss_chunks": 9, "seq_len": 8},
+            "loss_chunks must be at most the 8 tokens of a microbatch on a rank, got 9",
+        ),
+        (
+            2,
+            {"loss_chunks": 2, "zero_stage": 2},
+            "loss_chunks=2 adds to the table's gradient in F, where ZeRO stage 2 has no room for it; "
+            "plan with zero_stage=1 or loss_chunks=1",
+        ),
+        (
             2,
             {"tp": 2, "seq_len": 7, "sequence_parallel": True},
             "sequence parallelism needs tp to divide the 7 tokens of a microbatch, got tp=2; "

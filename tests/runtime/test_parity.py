@@ -191,3 +191,13 @@ def test_the_interleaving_of_the_ranks_changes_no_bit(seed: int) -> None:
         assert [result.loss for result in one.results] == [result.loss for result in other.results]
         for ours, theirs in zip(one.gradients, other.gradients, strict=True):
             assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_beside_products_and_losses_in_chunks(family: str, sequence_parallel: bool) -> None:
+    """With backwards whole and in halves, buckets that end between projections, and chunks of two sizes."""
+    parallel = {"tp": 2, "sequence_parallel": sequence_parallel, "tensor_overlap": "weight_gradient"}
+    for schedule in ("1f1b", "zb-h1"):
+        more = {"micro_batch": 2, "loss_chunks": 3, "bucket_bytes": 1, "schedule": schedule}
+        assert_parity({"family": family, "tied": True}, {"global_batch": 4}, parallel | more, steps=2)
