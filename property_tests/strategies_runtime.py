@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import frozen
 from hypothesis import strategies as st
@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.recompute import MODES
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
 from property_tests.strategies import plannable
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
+
+T = TypeVar("T")
 
 MAX_RANKS = 8
 LARGEST_BATCH = 16  # sequences of a step
@@ -73,6 +76,11 @@ _rope_scalings = st.sampled_from(
 )
 
 
+def by_layer(values: st.SearchStrategy[T], num_layers: int) -> st.SearchStrategy[tuple[T, ...]]:
+    """One of ``values`` for each layer."""
+    return st.tuples(*[values] * num_layers)
+
+
 @st.composite
 def trainings(
     draw: st.DrawFn,
@@ -99,9 +107,12 @@ def trainings(
             optimizers=optimizers,
         )
     )
+    modes, flags = st.sampled_from(MODES), st.booleans()
     made = tiny_plan(
         model,
         work,
+        recompute=draw(st.just("none") | modes | by_layer(modes, model.num_layers)),
+        offload=draw(st.just(False) | by_layer(flags, model.num_layers)),
         dp=dp,
         pp=pp,
         tp=tp,

@@ -180,8 +180,6 @@ REFUSED: dict[str, tuple[Callable[[], TrainingPlan], str]] = {
     ),
     "plain silu": (lambda: refused(config=tiny_config("gpt2", activation_function="silu")), "activation"),
     "sharding": (lambda: refused(zero_stage=1), "zero_stage=1"),
-    "recomputing": (lambda: refused(recompute="full"), "recompute=full"),
-    "offloading": (lambda: refused(offload=True), "offload=True"),
 }
 
 
