@@ -30,6 +30,7 @@ from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.kernels import rotary_tables
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
@@ -104,8 +105,20 @@ def check_world(plan: TrainingPlan, backend: Backend) -> None:
 class Session:
     """One rank's part of a plan, opened on a backend."""
 
-    def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
-        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        backend: Backend,
+        weights: WeightSource | None = None,
+        *,
+        modules: Modules | None = None,
+    ) -> None:
+        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise.
+
+        ``modules``: by name of a segment ("mlp 0"), what computes in its place (``runtime.foreign``). Raises
+        PlanError, before anything opens, for one that cannot.
+        """
+        check_modules(plan, modules or {})
         check_world(plan, backend)
         backend.at(-1, -1, "opening a session")
         self.plan, self.backend = plan, backend
@@ -119,7 +132,7 @@ class Session:
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
         self.stages = {
-            stage: Stage(plan, stage, self.where.tp, self.context)
+            stage: Stage(plan, stage, self.where.tp, self.context, modules)
             for stage in plan.rank_stages(self.where.pp)
         }
         self.num_steps = 0

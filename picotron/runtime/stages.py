@@ -16,12 +16,15 @@ from attrs import define, evolve, field, frozen
 
 from picotron.planner.body import SegmentBody
 from picotron.planner.cost import of_kind, stage_cost
+from picotron.planner.model import Segment
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COPIES, Kind
 from picotron.planner.recompute import Recompute, units
 from picotron.planner.segment_costs import SegmentCost
+from picotron.planner.stage import segment_name
 from picotron.runtime.copies import Copied, Copies
-from picotron.runtime.segments import Context, Saved, Tokens, make_runner
+from picotron.runtime.foreign import ForeignSegment, Modules
+from picotron.runtime.segments import Context, Saved, SegmentRunner, Tokens, make_runner
 
 
 class Around(Protocol):
@@ -70,8 +73,13 @@ class Record:
 class Stage:
     """One stage on one rank: its segments, their planned bodies and costs, and what forwards have saved."""
 
-    def __init__(self, plan: TrainingPlan, stage: int, tp_index: int, context: Context) -> None:
-        self.segments = [make_runner(context, segment) for segment in plan.stage_segments[stage]]
+    def __init__(
+        self, plan: TrainingPlan, stage: int, tp_index: int, context: Context, modules: Modules | None = None
+    ) -> None:
+        self.segments = [
+            _runner(context, segment, (modules or {}).get(segment_name(segment)))
+            for segment in plan.stage_segments[stage]
+        ]
         self.units = stage_units(plan, stage)
         self.bodies = plan.bodies(stage, tp_index)
         self.costs = stage_cost(plan, stage, tp_index)
@@ -168,6 +176,10 @@ class Stage:
         y = record.saved[unit.places[0]].pop("input")
         for place in unit.places:
             y, record.saved[place] = self.segments[place].forward(y, record.tokens)
+
+
+def _runner(context: Context, segment: Segment, module: torch.nn.Module | None) -> SegmentRunner:
+    return make_runner(context, segment) if module is None else ForeignSegment(context, segment, module)
 
 
 def _kept(unit: Unit, place: int, x: torch.Tensor, saved: Saved) -> Saved:

@@ -84,6 +84,18 @@ CASES: dict[str, Case] = {
         {"pp": 4, "schedule": "dualpipe-v"},
     ),
     "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
+    "pp2 tp2 sp zb-h1 recomputed": (
+        {"family": "llama", "layers": 4, "tied": True},
+        {"precision": "fp32"},
+        {
+            "pp": 2,
+            "tp": 2,
+            "sequence_parallel": True,
+            "schedule": "zb-h1",
+            "recompute": ("full", "none", "selective", "full"),
+            "offload": (True, True, False, True),
+        },
+    ),
     "dp2 pp2 tp2 interleaved": (
         {"family": "gpt2", "layers": 4, "tied": True},
         {"global_batch": 6},
@@ -107,7 +119,7 @@ CASES: dict[str, Case] = {
 }
 
 # Cases whose later steps have their memory measured.
-MEASURED = ("dp2", "pp2", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
+MEASURED = ("dp2", "pp2", "tp3", "pp4 zb-v", "pp2 tp2 sp zb-h1 recomputed", "dp2 pp2 tp2 sp")
 
 
 def made(name: str) -> TrainingPlan:
@@ -224,6 +236,7 @@ def test_pairs_of_every_axis_are_held_to_the_bit() -> None:
         "pp4 zb-v",
         "pp4 dualpipe-v",
         "dp2 pp2 zb-h1",
+        "pp2 tp2 sp zb-h1 recomputed",
         "dp2 pp2 tp2 interleaved",
         "dp2 pp2 tp2 sp",
     ]
