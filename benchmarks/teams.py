@@ -89,8 +89,10 @@ class Side:
         degrees = " ".join(f"{axis}{n}" for axis in ("dp", "pp", "tp") if (n := self.parallel.get(axis)))
         sequence = ", sequence parallel" if self.parallel.get("sequence_parallel") else ""
         schedule = f" {name}" if (name := self.parallel.get("schedule")) else ""
+        saving = f", recompute {mode}" if (mode := self.parallel.get("recompute")) else ""
+        saving += ", offloading" if self.parallel.get("offload") else ""
         return (
-            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}, "
+            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}{saving}, "
             f"microbatch {self.parallel['micro_batch']}"
         )
 
