@@ -1,9 +1,10 @@
 """Copies of what a layer has saved: from its device to the host, and back.
 
 What is copied is any structure of dicts, lists, tuples and attentions with tensors in it. Memory goes over
-once, however many views of it the structure has, and comes back with the same views. On CUDA the host's
-memory is pinned and copies run on a stream of their own. On a CPU the host is the device; what is copied
-there is made unseen by memory trackers, and so counts as the host's.
+once, however many views of it the structure has, and comes back with the same views. Whole numbers, such as
+the state of a kernel's random generator, stay. On CUDA the host's memory is pinned and copies run on a stream
+of their own. On a CPU the host is the device; what is copied there is made unseen by memory trackers, and so
+counts as the host's.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Copies:
         """Begin to copy ``value`` to the host; its tensors are to stay as they are until ``arrive``."""
         memories: dict[int, torch.Tensor] = {}
 
-        def move(tensor: torch.Tensor) -> HostTensor:
+        def move(tensor: torch.Tensor) -> torch.Tensor | HostTensor:
+            if not tensor.is_floating_point():
+                return tensor
             storage = tensor.untyped_storage()
             if storage._cdata not in memories:
                 memories[storage._cdata] = self._on_host(tensor)
@@ -61,7 +64,9 @@ class Copies:
         """Begin to copy back what ``to_host`` gave; its tensors are to be used only after ``arrive``."""
         memories: dict[int, torch.Tensor] = {}
 
-        def move(tensor: HostTensor) -> torch.Tensor:
+        def move(tensor: torch.Tensor | HostTensor) -> torch.Tensor:
+            if isinstance(tensor, torch.Tensor):
+                return tensor
             key = id(tensor.memory)
             if key not in memories:
                 memories[key] = self._on_device(tensor.memory)
