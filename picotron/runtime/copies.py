@@ -10,13 +10,14 @@ counts as the host's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
 from attrs import define, frozen
 
 from picotron.runtime.backend import unseen
-from picotron.runtime.kernels import Attention
+from picotron.runtime.kernels import AttentionCore
 
 
 @frozen(eq=False)
@@ -114,6 +115,8 @@ def mapped(value: Any, move: Callable[[Any], Any]) -> Any:
         return {name: mapped(part, move) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(mapped(part, move) for part in value)
-    if isinstance(value, Attention):
-        return value.holding(mapped(value.tensors, move))
+    if isinstance(value, AttentionCore):
+        other = copy(value)
+        vars(other).update(mapped(vars(value), move))
+        return other
     return value

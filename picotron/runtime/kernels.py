@@ -8,8 +8,7 @@ Norms and rotations work in place on what they own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
@@ -133,11 +132,31 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwar
     second.mul_(cosine).addcmul_(half, sine, value=sign)
 
 
+@runtime_checkable
+class AttentionCore(Protocol):
+    """Attention that has been computed and whose backward has not; its attributes hold its tensors.
+
+    They may be replaced by equal ones before ``backward``.
+    """
+
+    def run(self) -> None:
+        """Compute what backward needs, for the first time or after ``drop``."""
+
+    def drop(self) -> None:
+        """Let go of all that ``run`` gives."""
+
+    def context(self) -> torch.Tensor:
+        """What was attended to, [T, heads * d]."""
+
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of q, k and v, each [T, heads * d], from that of the context."""
+
+
 class Attention:
     """Causal attention over local heads by torch's own fused kernels, forward and backward.
 
     ``tensors`` is all that backward needs: q, k and v [batch, heads, s, d], then what the kernel leaves, its
-    output first. They may be replaced by equal ones in between.
+    output first.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -153,12 +172,6 @@ class Attention:
     def drop(self) -> None:
         """Let go of what the kernel left; q, k and v stay."""
         del self.tensors[3:]
-
-    def holding(self, tensors: Any) -> Attention:
-        """The same attention with other tensors, or with what stands for them."""
-        other = copy(self)
-        other.tensors = tensors
-        return other
 
     def context(self) -> torch.Tensor:
         """What was attended to, [T, heads * d]; it may outlive the attention."""

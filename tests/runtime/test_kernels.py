@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import pytest
 import torch
@@ -198,7 +199,8 @@ def test_an_island_is_the_kernel_that_torch_chooses(kv_heads: int) -> None:
     with torch.no_grad():
         island.run()
     assert island.context().equal(kernel.context())
-    again = island.holding([tensor.clone() for tensor in island.tensors])
+    again = copy(island)
+    again.tensors = [tensor.clone() for tensor in island.tensors]
     for tensor in island.tensors:
         tensor.zero_()
     for ours, theirs in zip(again.backward(grad), kernel.backward(grad), strict=True):
