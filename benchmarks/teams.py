@@ -91,8 +91,10 @@ class Side:
         sequence = ", sequence parallel" if self.parallel.get("sequence_parallel") else ""
         sequence += ", attention by heads" if self.parallel.get("context") == "all_to_all" else ""
         schedule = f" {name}" if (name := self.parallel.get("schedule")) else ""
+        saving = f", recompute {mode}" if (mode := self.parallel.get("recompute")) else ""
+        saving += ", offloading" if self.parallel.get("offload") else ""
         return (
-            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}, "
+            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}{saving}, "
             f"microbatch {self.parallel['micro_batch']}"
         )
 

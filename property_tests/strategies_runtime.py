@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from attrs import frozen
 from hypothesis import strategies as st
@@ -13,12 +13,15 @@ from picotron.planner.body import TensorOverlap
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.recompute import MODES
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
 from property_tests.strategies import contexts, plannable
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
 
 MAX_RANKS = 16
+T = TypeVar("T")
+
 LARGEST_BATCH = 16  # sequences of a step
 LARGEST_STEP = 32  # microbatches of a step, counted on every rank
 MAX_CUTS = 8  # of a sequence, and of a layer
@@ -85,6 +88,11 @@ _rope_scalings = st.sampled_from(
 )
 
 
+def by_layer(values: st.SearchStrategy[T], num_layers: int) -> st.SearchStrategy[tuple[T, ...]]:
+    """One of ``values`` for each layer."""
+    return st.tuples(*[values] * num_layers)
+
+
 @st.composite
 def trainings(
     draw: st.DrawFn,
@@ -115,9 +123,12 @@ def trainings(
             optimizers=optimizers,
         )
     )
+    modes, flags = st.sampled_from(MODES), st.booleans()
     made = tiny_plan(
         model,
         work,
+        recompute=draw(st.just("none") | modes | by_layer(modes, model.num_layers)),
+        offload=draw(st.just(False) | by_layer(flags, model.num_layers)),
         dp=dp,
         pp=pp,
         cp=cp,
@@ -130,7 +141,7 @@ def trainings(
         virtual_stages=chunks,
         bucket_bytes=draw(st.sampled_from([DEFAULT_BUCKET_BYTES, 10_000, 1])),
         order=draw(st.sampled_from(ORDERS)),
-        loss_chunks=draw(st.sampled_from([1, 1, 2, 3])),
+        loss_chunks=min(draw(st.sampled_from([1, 1, 2, 3])), micro_batch * work.seq_len // cp),
         tensor_overlap=draw(st.sampled_from(get_args(TensorOverlap))) if tp > 1 else "none",
     )
     ragged = work.global_batch >= 4 and draw(st.booleans())  # fewer might all be without a label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attrs import evolve
 from hypothesis import given, settings
 
 from property_tests.strategies_runtime import trainings
@@ -26,3 +27,17 @@ def test_many_ranks_train_as_one(training):
     found = distance(made, reports, reference(single_rank(made), ragged=training.ragged, steps=2))
     assert found.largest <= TOLERANCE[made.workload.precision], found
     assert_as_planned(made, reports)
+
+
+@settings(max_examples=max(5, settings().max_examples // 8))  # each trains twice
+@given(trainings())
+def test_what_is_recomputed_or_copied_has_the_same_bits(training):
+    """Without recomputing and offloading, the same plan has equal losses, norms and gradients."""
+    made = training.plan
+    kept = evolve(made, recompute="none", offload=False)
+    data = random_samples(made.model.vocab_size, made.workload.seq_len, ragged=training.ragged)
+    pair = (train(plan, data, seed=training.seed, steps=1) for plan in (made, kept))
+    for ours, theirs in zip(*pair, strict=True):
+        (own,), (other,) = ours.results, theirs.results
+        assert (own.loss, own.grad_norm) == (other.loss, other.grad_norm)
+        assert all(tensor.equal(theirs.gradients[0][name]) for name, tensor in ours.gradients[0].items())

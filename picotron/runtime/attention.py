@@ -12,8 +12,8 @@ import torch
 
 from picotron.planner.model import Segment
 from picotron.runtime.fused import Projections
-from picotron.runtime.kernels import RmsNorm, rotate
-from picotron.runtime.segment import AttentionCore, Context, Saved, SegmentRunner, Tokens
+from picotron.runtime.kernels import AttentionCore, RmsNorm, rotate
+from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
 class AttentionSegment(SegmentRunner):

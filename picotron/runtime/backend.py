@@ -178,6 +178,12 @@ class Backend(Protocol):
     def batch(self, transfers: Sequence[Transfer]) -> Handle:
         """Post several sends and receives together, in no order among them; complete when all are."""
 
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """Say that an "offload" to the host, or a "reload" from it, begins; the clock's view of its end.
+
+        Each kind has a stream of its own. The bytes themselves are moved by whoever says so.
+        """
+
     def barrier(self) -> None:
         """Return once every rank of the world has called it."""
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from attrs import frozen
 
 from picotron.errors import ExecutionError
 from picotron.planner.body import WAIT, Operation
+from picotron.planner.program import HOST
 from picotron.runtime.backend import Backend, Group, Handle
 
 
@@ -25,6 +27,7 @@ class Communicator:
         self._stretches: Sequence[float] = ()
         self._cursor = 0
         self._action, self._row = "", -1
+        self._to_copy: dict[str, int] = {}  # bytes of the copies under way that are still to come
         self.measuring = False  # live memory: then no operation may hold a tensor beyond its end
 
     def open(
@@ -113,6 +116,25 @@ class Communicator:
         self._count("recv", "pp", tensor, planned_bytes)
         return self.backend.recv(tensor, peer, channel)
 
+    def start_copy(self, kind: str, planned_bytes: int) -> Handle:
+        """Post an "offload" to the host, or a "reload" from it, a row of the program with ``planned_bytes``.
+
+        Its parts are told to ``copied``, and must be as many bytes once it is waited for.
+        """
+        self._to_copy[kind] = planned_bytes
+        return _CopyHandle(self, kind, planned_bytes, self.backend.copy(kind, planned_bytes))
+
+    def copied(self, kind: str, size: int) -> None:
+        """Count a part of the "offload" or "reload" under way."""
+        self._to_copy[kind] = self._to_copy.get(kind, 0) - size
+        self.payload_bytes[kind, HOST] = self.payload_bytes.get((kind, HOST), 0) + size
+
+    def end_copy(self, kind: str, planned_bytes: int) -> None:
+        """Raise ExecutionError unless as much was copied as the plan says."""
+        if missing := self._to_copy.pop(kind, 0):
+            got = planned_bytes - missing
+            raise self._error(f"{kind} must carry the planned {planned_bytes} bytes, got {got}")
+
     def _spend(self) -> None:
         """Compute the stretch that leads up to the next collective, or to the end of the segment."""
         if self._stretches:
@@ -162,3 +184,23 @@ class Communicator:
         """At the operation of the open segment; outside one, the walker knows the row."""
         position = f"row {self._row}, operation {self._cursor}" if self._action else None
         return ExecutionError(message, rank=self.backend.rank, action=self._action or None, position=position)
+
+
+@frozen
+class _CopyHandle:
+    """A copy under way, whose bytes are looked at when it is waited for."""
+
+    communicator: Communicator
+    kind: str
+    planned_bytes: int
+    handle: Handle
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """As the backend tells it."""
+        return self.handle.span
+
+    def wait(self) -> None:
+        """Return once it is complete."""
+        self.handle.wait()
+        self.communicator.end_copy(self.kind, self.planned_bytes)

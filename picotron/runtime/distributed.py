@@ -301,6 +301,10 @@ class DistributedBackend:
         post = {"send": self.send, "recv": self.recv}
         return _All([post[t.kind](t.tensor, t.peer, t.channel) for t in transfers])
 
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """Nothing to wait for: the device's own streams keep order."""
+        return _All([])
+
     def barrier(self) -> None:
         """Return once every rank's host has called it."""
         self.gather_objects(None)

@@ -26,8 +26,16 @@ class HeadsAttention:
         shared = parts["k"].shape[2] * self.copies // self.size
         self.widths = [heads // self.size, shared, shared]  # heads of a rank: of queries, keys and values
         self.heads = self._by_head(self._packed(parts))
+        self.run()
+
+    def run(self) -> None:
+        """The context by head and by token, for the first time or after ``drop``."""
         self.out, self.log_sum_exp = flash.forward(*self._inputs(), causal=True)
         self.joined = self._by_token(self.out)
+
+    def drop(self) -> None:
+        """Let go of both; what was sent to this rank's heads stays."""
+        del self.out, self.log_sum_exp, self.joined
 
     def context(self) -> torch.Tensor:
         """What was attended to, [T, heads * d]."""

@@ -24,12 +24,13 @@ from picotron.planner.body import Category
 from picotron.planner.layout import Placement
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored, rows
+from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored, rows
 from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.kernels import rotary_tables
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
@@ -39,6 +40,7 @@ from picotron.runtime.segments import Context, SegmentRunner
 from picotron.runtime.stages import Stage
 from picotron.runtime.topology import open_groups
 
+_POSTED = (*SENDS, *RECEIVES, *COPIES, Kind.REDUCE)  # rows that end at their WAIT
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
 Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what passes between stages
 
@@ -69,11 +71,11 @@ class StepResult:
 
 @frozen
 class _Posted:
-    """A transfer under way: its handle, its tensor, and where its timeline entry stands."""
+    """A transfer or copy under way: its handle, its timeline entry, and its tensor where it has one."""
 
     handle: Handle
-    tensor: torch.Tensor
     entry: int
+    tensor: torch.Tensor | None
 
 
 @define
@@ -103,8 +105,20 @@ def check_world(plan: TrainingPlan, backend: Backend) -> None:
 class Session:
     """One rank's part of a plan, opened on a backend."""
 
-    def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
-        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        backend: Backend,
+        weights: WeightSource | None = None,
+        *,
+        modules: Modules | None = None,
+    ) -> None:
+        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise.
+
+        ``modules``: by name of a segment ("mlp 0"), what computes in its place (``runtime.foreign``). Raises
+        PlanError, before anything opens, for one that cannot.
+        """
+        check_modules(plan, modules or {})
         check_world(plan, backend)
         backend.at(-1, -1, "opening a session")
         self.plan, self.backend = plan, backend
@@ -119,7 +133,7 @@ class Session:
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
         self.stages = {
-            stage: Stage(plan, stage, self.where.tp, self.context)
+            stage: Stage(plan, stage, self.where.tp, self.context, modules)
             for stage in plan.rank_stages(self.where.pp)
         }
         self.num_steps = 0
@@ -236,7 +250,7 @@ class Session:
                     error.message, rank=self.backend.rank, action=str(row), position=f"row {index}"
                 ) from error
             raise
-        if row.kind not in SENDS and row.kind not in RECEIVES and row.kind is not Kind.REDUCE:
+        if row.kind not in _POSTED:
             began, ended = span or (started, self._now(walk))
             walk.entries.append((self.backend.rank, index, -1, 0, began, ended))
         self._note_memory(walk, index, -1)
@@ -249,6 +263,9 @@ class Session:
             self._backward(walk, index, row)
         elif row.kind in SENDS or row.kind in RECEIVES:
             self._transfer(walk, index, row)
+        elif row.kind in COPIES:
+            handle = self.communicator.start_copy(COPIES[row.kind], row.bytes)
+            self._note_posted(walk, index, "copy", handle)
         elif row.kind is Kind.WAIT:
             self._wait(walk, row)
         elif row.kind is Kind.REDUCE:
@@ -325,10 +342,10 @@ class Session:
         self._note_posted(walk, index, "send" if row.kind in SENDS else "receive", handle, tensor)
 
     def _note_posted(
-        self, walk: _Walk, index: int, stream: str, handle: Handle, tensor: torch.Tensor
+        self, walk: _Walk, index: int, stream: str, handle: Handle, tensor: torch.Tensor | None = None
     ) -> None:
         """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
-        walk.posted[index] = _Posted(handle, tensor, len(walk.entries))
+        walk.posted[index] = _Posted(handle, len(walk.entries), tensor)
         now = self._now(walk)
         walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
@@ -344,7 +361,7 @@ class Session:
             *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
         )
         target = self.rows[row.target]
-        if target.kind in RECEIVES:
+        if target.kind in RECEIVES and posted.tensor is not None:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
 
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:

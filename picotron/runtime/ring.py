@@ -40,7 +40,15 @@ class RingAttention:
         self.communicator = communicator
         self.index, self.size = communicator.place("cp")
         self.query, self.key, self.value = (parts[name].transpose(1, 2) for name in ("q", "k", "v"))
+        self.run()
+
+    def run(self) -> None:
+        """The context and its statistics, for the first time or after ``drop``."""
         self.out, self.log_sum_exp = self._forward()
+
+    def drop(self) -> None:
+        """Let go of both; q, k and v stay."""
+        del self.out, self.log_sum_exp
 
     def context(self) -> torch.Tensor:
         """What was attended to, [T, heads * d]."""

@@ -71,10 +71,6 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"rope scaling {model.rope_scaling.kind} (runnable: {', '.join(RUNNABLE_SCALINGS)})")
     if plan.zero_stage:
         found.append(f"sharding, zero_stage={plan.zero_stage} (runnable: zero_stage=0, without shard)")
-    if again := sorted({mode for mode in plan.recompute if mode != "none"}):
-        found.append(f"recomputing, recompute={' and '.join(again)} (runnable: recompute=none)")
-    if any(plan.offload):
-        found.append("offloading, offload=True for some layers (runnable: offload=False)")
     if backend not in ("simulated", "gloo", "nccl"):
         found.append(f"the backend {backend} (runnable: simulated, gloo, nccl)")
     return tuple(found)

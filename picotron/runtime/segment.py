@@ -26,7 +26,7 @@ from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.fused import EqualProjections
 from picotron.runtime.heads import HeadsAttention
-from picotron.runtime.kernels import Attention, LayerNorm, Norm, RmsNorm
+from picotron.runtime.kernels import Attention, AttentionCore, LayerNorm, Norm, RmsNorm
 from picotron.runtime.ring import RingAttention
 
 Saved = dict[str, Any]
@@ -42,16 +42,6 @@ class Tokens(Protocol):
 
     def labels(self) -> torch.Tensor:
         """Fresh on the device."""
-
-
-class AttentionCore(Protocol):
-    """Attention that has been computed, once its backward has not."""
-
-    def context(self) -> torch.Tensor:
-        """What was attended to, [T, heads * d]."""
-
-    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of q, k and v, each [T, heads * d], from that of the context."""
 
 
 @define

@@ -15,7 +15,10 @@ import torch
 from attrs import evolve
 
 from picotron.errors import ExecutionError
+from picotron.planner.clock import Operation as Timed
+from picotron.planner.clock import advance
 from picotron.planner.faults import Fault, link_factor
+from picotron.planner.program import HOST
 from picotron.runtime.backend import (
     Capabilities,
     Group,
@@ -34,7 +37,7 @@ from picotron.runtime.backend import (
 from picotron.runtime.collectives import Collectives
 from picotron.runtime.guards import CHANGED, Guard, guard
 from picotron.runtime.injection import Injection, Killed
-from picotron.runtime.ledger import Collective, Ledger, Part, Post
+from picotron.runtime.ledger import Collective, Copy, Ledger, Part, Post
 from picotron.runtime.messages import Messages
 from picotron.runtime.scheduler import Operation, Scheduler, Task, failed
 from picotron.runtime.world import World
@@ -192,6 +195,17 @@ class SimulatedBackend:
         with unseen():
             self._messages.post([post for post in posts if not self._lose(post)])
         return self._handle(tuple(posts), place, guards)
+
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """A copy on a stream of its own, which takes what the world's prices say."""
+        place, now = self._begin()
+        copy = Copy(number=self._next_number((kind, HOST)), kind=kind, rank=self.rank)
+        price = self._world.price
+        seconds = 0.0 if price is None else price(kind, HOST, (self.rank,), payload_bytes)
+        span = advance(self.scheduler.streams, Timed(((self.rank, kind),), now, seconds))
+        self.scheduler.streams[self.rank, kind] = copy.end_seconds = span.end
+        copy.start_seconds = span.start
+        return self._handle((copy,), place, ())
 
     def barrier(self) -> None:
         """Return once every rank has called it."""

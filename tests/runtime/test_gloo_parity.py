@@ -85,6 +85,18 @@ CASES: dict[str, Case] = {
         {"pp": 4, "schedule": "dualpipe-v"},
     ),
     "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
+    "pp2 tp2 sp zb-h1 recomputed": (
+        {"family": "llama", "layers": 4, "tied": True},
+        {"precision": "fp32"},
+        {
+            "pp": 2,
+            "tp": 2,
+            "sequence_parallel": True,
+            "schedule": "zb-h1",
+            "recompute": ("full", "none", "selective", "full"),
+            "offload": (True, True, False, True),
+        },
+    ),
     "dp2 pp2 tp2 interleaved": (
         {"family": "gpt2", "layers": 4, "tied": True},
         {"global_batch": 6},
@@ -110,7 +122,16 @@ CASES: dict[str, Case] = {
 SOCKETS = ("dp2 tp2", "cp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run once more without shared memory
 
 # Cases whose later steps have their memory measured.
-MEASURED = ("dp2", "pp2", "tp3", "cp2", "cp2 by head", "pp4 zb-v", "dp2 pp2 tp2 sp")
+MEASURED = (
+    "dp2",
+    "pp2",
+    "tp3",
+    "cp2",
+    "cp2 by head",
+    "pp4 zb-v",
+    "pp2 tp2 sp zb-h1 recomputed",
+    "dp2 pp2 tp2 sp",
+)
 
 
 def made(name: str) -> TrainingPlan:

@@ -8,6 +8,7 @@ import pytest
 
 from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.pipeline import schedule_from_csv
+from picotron.planner.recompute import MODES
 from property_tests.strategies_runtime import degree_triples
 from tests.runtime.models import (
     FAMILIES,
@@ -77,7 +78,8 @@ SINGLE = [name for name, row in SCHEDULES.items() if not row.bidirectional]
 def test_every_schedule(name: str, pp: int) -> None:
     """Fewer microbatches than ranks, and a number that they do not divide; with dp or tp where ranks allow.
 
-    Family, tied embeddings and sequence parallelism change from case to case.
+    Family, tied embeddings, sequence parallelism, and what layers recompute and offload, change from case to
+    case.
     """
     number = SINGLE.index(name) + pp
     for num_microbatches, tied in ((max(1, pp - 1), number % 2 == 0), (pp + 1, number % 2 == 1)):
@@ -85,9 +87,13 @@ def test_every_schedule(name: str, pp: int) -> None:
         dp, tp = [(1, 1), (2, 1), (1, 2), (2, 2)][number % 4] if pp <= 2 else (1, 1)
         model = {"family": FAMILIES[number // 2 % 4], "layers": max(2, stages), "tied": tied}
         work = {"global_batch": dp * num_microbatches}
-        assert_parity(
-            model, work, {"dp": dp, "pp": pp, "tp": tp, "schedule": name, "virtual_stages": None}, steps=2
-        )
+        layers = range(number, number + model["layers"])
+        saving = {
+            "recompute": tuple(MODES[layer % 3] for layer in layers),
+            "offload": tuple(layer % 4 == 0 for layer in layers),
+        }
+        parallel = {"dp": dp, "pp": pp, "tp": tp, "schedule": name, "virtual_stages": None}
+        assert_parity(model, work, parallel | saving, steps=2)
 
 
 @pytest.mark.parametrize("virtual_stages", [1, 3])
