@@ -32,8 +32,9 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     """Attention, forward."""
     d = ops.d
     source = ops.gathered("gather attention input", ops.norm(model))
-    width = sum(_widths(d))
-    ops.matmul("qkv", d.tokens, d.hidden, width, creates=[ops.saved("qkv", d.tokens * width)], frees=[source])
+    for name, tensor, width in zip("qkv", _projected(ops, model), _widths(d), strict=True):
+        frees = [source] if name == "v" else []
+        ops.matmul(f"{name}_proj", d.tokens, d.hidden, width, creates=[tensor], frees=frees)
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
             statistics, normed = _head_norm_tensors(ops, name, heads)
@@ -44,20 +45,24 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
                 kernels=7,
                 creates=[statistics, normed],
             )
-    _rotate_forward(ops, model)
+    for name, width in zip("qk", _widths(d), strict=False) if model.rope_theta is not None else ():
+        _rotate(ops, name, d.tokens * width)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)
-    attend(ops, Core(inputs=_read(ops, model), context=context, v_dim=d.head_dim))
+    attend(ops, Core(inputs=_read(ops), context=context, v_dim=d.head_dim))
     output_projection(ops, d.heads * d.head_dim)
 
 
-def _read(ops: Operations, model: ModelSpec) -> list[Tensor]:
-    """What lives for the attention core alone."""
+def _projected(ops: Operations, model: ModelSpec) -> list[Tensor]:
+    """Queries, keys and values as they come from their projections."""
     d = ops.d
-    if model.qk_norm:
-        return [
-            _head_norm_tensors(ops, name, heads)[1] for name, heads in (("q", d.heads), ("k", d.kv_heads))
-        ]
-    return [ops.saved("qkv", d.tokens * sum(_widths(d)))]
+    names = ("q_raw", "k_raw", "v") if model.qk_norm else ("q", "k", "v")
+    return [ops.saved(name, d.tokens * width) for name, width in zip(names, _widths(d), strict=True)]
+
+
+def _read(ops: Operations) -> list[Tensor]:
+    """Queries, keys and values as the attention core reads them."""
+    d = ops.d
+    return [ops.saved(name, d.tokens * width) for name, width in zip("qkv", _widths(d), strict=True)]
 
 
 def _head_norm_tensors(ops: Operations, name: str, heads: int) -> tuple[Tensor, Tensor]:
@@ -69,19 +74,6 @@ def _rotate(ops: Operations, name: str, elements: int) -> None:
     """Rotary positions, in place but for half a tensor."""
     half = ops.tensor(f"{name} half", elements // 2)
     ops.kernel(f"rotate {name}", elements, passes=5, kernels=5, creates=[half], frees=[half])
-
-
-def _rotate_forward(ops: Operations, model: ModelSpec) -> None:
-    """Queries and keys lie side by side and turn together, unless they have norms of their own."""
-    d = ops.d
-    query, key, _ = _widths(d)
-    if model.rope_theta is None:
-        return
-    if not model.qk_norm:
-        _rotate(ops, "q and k", d.tokens * (query + key))
-        return
-    for name, width in (("q", query), ("k", key)):
-        _rotate(ops, name, d.tokens * width)
 
 
 def attend(ops: Operations, core: Core) -> None:
@@ -110,7 +102,7 @@ def attention_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     output_backward(ops, context, width, into="dcontext", bias=model.output_bias)
     widths = _widths(d)
     gradients = [ops.tensor(f"d{name}", d.tokens * width) for name, width in zip("qkv", widths, strict=True)]
-    core = Core(inputs=_read(ops, model), context=context, gradients=gradients, v_dim=d.head_dim)
+    core = Core(inputs=_read(ops), context=context, gradients=gradients, v_dim=d.head_dim)
     attend_backward(ops, core, dcontext)
     gradients = _before_core(ops, model, gradients)
 
@@ -141,10 +133,8 @@ def _before_core(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor])
             ops.rms_backward(
                 f"{name}_norm backward", d.tokens * heads, d.head_dim, creates=found[place], frees=statistics
             )
-            ops.kernel("free", 0, kernels=0, frees=[gradients[place]])
-    if model.qk_norm:
-        width = (d.heads + 2 * d.kv_heads) * d.head_dim
-        ops.kernel("free", 0, kernels=0, frees=[ops.saved("qkv", d.tokens * width)])
+            raw = _projected(ops, model)[place]
+            ops.kernel("free", 0, kernels=0, frees=[raw, gradients[place]])
     return found
 
 

@@ -14,7 +14,6 @@ from picotron.planner.products import (
     biased_input_backward,
     input_backward,
     output_backward,
-    residual,
 )
 from picotron.planner.topology import Topology
 
@@ -24,38 +23,38 @@ def gated_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     d = ops.d
     size = d.tokens * d.intermediate
     source = ops.gathered("gather mlp input", ops.norm(model))
-    gate_up = ops.saved("gate_up", 2 * size)
-    ops.matmul("gate_up", d.tokens, d.hidden, 2 * d.intermediate, creates=[gate_up], frees=[source])
+    ops.matmul("gate", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("gate", size)])
+    ops.matmul("up", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("up", size)], frees=[source])
     y, product = ops.x(1), ops.tensor("product", size)
     full = ops.partial_sum(y)
     ops.kernel("swiglu", size, passes=5, kernels=2, creates=[product])
     ops.matmul("down", d.tokens, d.intermediate, d.hidden, creates=[full], frees=[product])
     ops.reduced("reduce output", full, y)
-    residual(ops)
+    ops.kernel("residual", d.local_tokens * d.hidden, passes=3)
 
 
 def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Gated mlp, backward."""
     d = ops.d
     size = d.tokens * d.intermediate
-    gate_up = ops.saved("gate_up", 2 * size)
+    gate, up = ops.saved("gate", size), ops.saved("up", size)
     active, product, dproduct = (ops.tensor(name, size) for name in ("active", "product", "dproduct"))
     ops.kernel("swiglu again", size, passes=5, kernels=2, creates=[active, product])
     output_backward(ops, product, d.intermediate, into="dproduct", last=True, bias=model.mlp_bias)
     ops.kernel("gate gradient", size, passes=6, kernels=2)  # in the memory of gate, as that of up is of up
     ops.kernel("up gradient", size, passes=3, frees=[active, dproduct])
-    width = 2 * d.intermediate
 
     def weights(source: Tensor) -> None:
-        ops.matmul("gate_up weight", width, d.tokens, d.hidden, reads=[gate_up, source])
-        if model.mlp_bias:
-            bias_gradient(ops, "gate_up", d.tokens, width)
+        for name, gradient in (("gate", gate), ("up", up)):
+            ops.matmul(f"{name} weight", d.intermediate, d.tokens, d.hidden, reads=[gradient, source])
+        for name in ("gate", "up") if model.mlp_bias else ():
+            bias_gradient(ops, name, d.tokens, d.intermediate)
 
     def inputs(full: Tensor) -> None:
         ops.matmul("gate input", d.tokens, d.intermediate, d.hidden, creates=[full])
         ops.matmul("up input", d.tokens, d.intermediate, d.hidden)
 
-    input_backward(ops, model, "mlp", [gate_up], weights, inputs)
+    input_backward(ops, model, "mlp", [gate, up], weights, inputs)
 
 
 def plain_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
@@ -69,7 +68,7 @@ def plain_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     ops.kernel("gelu", size, creates=[active])
     ops.matmul("proj", d.tokens, d.intermediate, d.hidden, creates=[full], frees=[active])
     ops.reduced("reduce output", full, y)
-    residual(ops, biased=True)
+    ops.kernel("residual", d.local_tokens * d.hidden, passes=5, kernels=2)
 
 
 def plain_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:

@@ -15,13 +15,7 @@ def output_projection(ops: Operations, width: int, *, biased: bool = True) -> No
     full = ops.partial_sum(y)
     ops.matmul("output projection", d.tokens, width, d.hidden, creates=[full])
     ops.reduced("reduce output", full, y)
-    residual(ops)
-
-
-def residual(ops: Operations, *, biased: bool = False) -> None:
-    """The block's input, and a bias, added to the product: of one rank the product is added to the input."""
-    passes = (2 if ops.d.tp == 1 else 3) + 2 * biased
-    ops.kernel("residual", ops.d.local_tokens * ops.d.hidden, passes=passes, kernels=1 + biased)
+    ops.kernel("residual", d.local_tokens * d.hidden, passes=3)
 
 
 def bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:

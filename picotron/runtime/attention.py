@@ -1,7 +1,6 @@
 """Attention segments: projections apart in the checkpoint (llama, qwen2, qwen3) or fused there (gpt2).
 
-Either way one product makes queries, keys and values side by side in one tensor, which the kernel reads in
-place.
+What one product has made, queries, keys and values side by side in one tensor, the kernel reads in place.
 """
 
 from __future__ import annotations
@@ -53,31 +52,23 @@ class SplitAttention(AttentionSegment):
         """(y, saved)."""
         saved: Saved = {}
         source = self._normed(x, saved)
-        qkv = self.qkv.output(source)
+        outputs = dict(zip("qkv", self.qkv.outputs(source), strict=True))
         del source
-        parts = self.by_head(qkv)
+        parts = {name: self._by_head(outputs.pop(name), count) for name, count in self.heads.items()}
         for name, norm in self.head_norms.items():
             raw = parts[name]
             parts[name], statistics = norm.forward(raw)
             saved[f"{name}_raw"] = raw, statistics
             del raw, statistics
         if self.context.rotary is not None:
-            for rotated in self._rotated(qkv, parts):
-                rotate(rotated, *self.context.rotary)
-            del rotated
-        del qkv
+            for name in ("q", "k"):
+                rotate(parts[name], *self.context.rotary)
         attention = saved["attention"] = self.context.attend(parts)
         del parts
-        part = self._output_product(x, attention.context(), self.w["o_proj.weight"].t())
-        y = self._residual(x, part)
-        return (y.add_(self.w["o_proj.bias"]) if "o_proj.bias" in self.w else y), saved
-
-    def _rotated(self, qkv: torch.Tensor, parts: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What has positions: queries and keys, in one view where they lie side by side."""
-        if self.head_norms:
-            return [parts["q"], parts["k"]]
-        count = self.heads["q"] + self.heads["k"]
-        return [self._by_head(qkv[:, : count * self.dims.head_dim], count)]
+        y = self.context.reduce(torch.mm(attention.context(), self.w["o_proj.weight"].t()))
+        if "o_proj.bias" in self.w:
+            y.add_(self.w["o_proj.bias"])
+        return y.add_(x), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
@@ -101,7 +92,7 @@ class SplitAttention(AttentionSegment):
     ) -> None:
         for name, gradient in zip(self.qkv.names, gradients, strict=True):
             self._add_product(saved, f"{name}.weight", gradient, source)
-        self.qkv.add_bias_gradient(gradients)
+        self.qkv.add_bias_gradients(gradients)
 
     def _before_core(self, saved: Saved, gradients: list[torch.Tensor]) -> None:
         """Make ``gradients`` of what the kernel read those of what the projections gave."""
@@ -129,8 +120,8 @@ class FusedAttention(AttentionSegment):
         del qkv
         attention = saved["attention"] = self.context.attend(parts)
         del parts
-        part = self._output_product(x, attention.context(), self.w["c_proj.weight"])
-        return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
+        y = self.context.reduce(torch.mm(attention.context(), self.w["c_proj.weight"]))
+        return y.add_(self.w["c_proj.bias"]).add_(x), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""

@@ -1,9 +1,9 @@
-"""Projections of one input as one product: weights that lie side by side in memory are one weight.
+"""Projections of one input: weights that lie side by side in memory are one weight of one product.
 
 Parameters of a segment lie in plan order, so that the rows of q, k and v, or of gate and up, follow each
-other: one product makes all outputs. Where they do not (their memory is laid out otherwise) each part is
-multiplied by itself, into its columns of the same tensor. Gradients of outputs that are made apart stay
-apart: to join them costs more than one product saves.
+other. An accelerator makes all outputs by one product, side by side. A processor multiplies each by itself:
+its arithmetic is no slower for that, while what follows, and the allocator, like several small tensors better
+than a large one with steps between the rows of its parts. Either way the outputs have the same bytes together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
+from torch.nn import functional
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -28,7 +29,7 @@ def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 class Projections:
-    """Projections of one input by their names ("q_proj"): weights [out, in], outputs side by side [T, out].
+    """Projections of one input by their names ("q_proj"), with weights [out, in] and perhaps biases [out].
 
     ``weights`` and ``gradients`` are looked into whenever they are needed: what is in them may change.
     """
@@ -36,88 +37,37 @@ class Projections:
     def __init__(
         self, names: Sequence[str], weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
     ) -> None:
-        self.names, self.weights, self.gradients = tuple(names), weights, gradients
-        self.sizes = [weights[f"{name}.weight"].shape[0] for name in names]
+        self.names, self._weights, self._gradients = tuple(names), weights, gradients
         self.has_bias = f"{names[0]}.bias" in weights
-        self._known: dict[tuple[str, bool], tuple[list[torch.Tensor], torch.Tensor | None]] = {}
+        self.together = weights[f"{names[0]}.weight"].device.type != "cpu"
 
-    def _parts(self, kind: str, *, gradient: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The parts' weights or biases, or gradients of those, and all in one where they are side by side."""
-        held = self.gradients if gradient else self.weights
-        known = self._known.get((kind, gradient))
-        if known is not None and all(
-            held[f"{name}.{kind}"] is part for name, part in zip(self.names, known[0], strict=True)
-        ):
-            return known
-        parts = [held[f"{name}.{kind}"] for name in self.names]
-        found = self._known[kind, gradient] = parts, side_by_side(parts)
-        return found
-
-    def output(self, source: torch.Tensor) -> torch.Tensor:
-        """All outputs of ``source`` [T, in]."""
-        parts, whole = self._parts("weight")
-        biases, bias = self._parts("bias") if self.has_bias else ([], None)
-        if whole is not None:
-            out = torch.mm(source, whole.t()) if bias is None else torch.addmm(bias, source, whole.t())
-        else:
-            out = source.new_empty(source.shape[0], sum(self.sizes))
-            for part, columns in zip(parts, torch.split(out, self.sizes, dim=1), strict=True):
-                torch.mm(source, part.t(), out=columns)
-        if whole is None or bias is None:
-            for own, columns in zip(biases, torch.split(out, self.sizes, dim=1), strict=False):
-                columns.add_(own)
-        return out
+    def outputs(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """Of ``source`` [T, in], what each projection makes, [T, out]."""
+        weights = self._each(self._weights, "weight")
+        biases = self._each(self._weights, "bias") if self.has_bias else [None] * len(weights)
+        weight = side_by_side(weights) if self.together else None
+        if weight is None:
+            return [functional.linear(source, *pair) for pair in zip(weights, biases, strict=True)]
+        sizes = [part.shape[0] for part in weights]
+        outputs = [*torch.split(functional.linear(source, weight), sizes, dim=1)]
+        for output, bias in zip(outputs, biases, strict=True):
+            if bias is not None:
+                output.add_(bias)
+        return outputs
 
     def input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """The gradient of the input from those of the outputs, [T, out] each."""
-        first, *others = zip(gradients, self._parts("weight")[0], strict=True)
+        first, *others = zip(gradients, self._each(self._weights, "weight"), strict=True)
         found = torch.mm(*first)
-        for gradient, part in others:
-            found.addmm_(gradient, part)
+        for gradient, weight in others:
+            found.addmm_(gradient, weight)
         return found
 
-    def add_weight_gradient(self, gradients: Sequence[torch.Tensor], source: torch.Tensor) -> None:
-        """Add the products of ``gradients``, [T, out] each, and ``source`` to the weights' gradients."""
-        for gradient, part in zip(gradients, self._parts("weight", gradient=True)[0], strict=True):
-            part.addmm_(gradient.t(), source)
-
-    def add_bias_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add the sums of ``gradients`` over tokens to the biases' gradients, if there are biases."""
+    def add_bias_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add the sums over tokens of ``gradients`` to the biases' gradients, if there are biases."""
         if self.has_bias:
-            for gradient, part in zip(gradients, self._parts("bias", gradient=True)[0], strict=True):
-                part.add_(gradient.sum(0))
+            for gradient, bias in zip(gradients, self._each(self._gradients, "bias"), strict=True):
+                bias.add_(gradient.sum(0))
 
-
-class EqualProjections(Projections):
-    """Projections of equal sizes, whose outputs lie one behind the other: [projections, T, out].
-
-    Each is contiguous, as steps that take one element of each at a time like it.
-    """
-
-    def output(self, source: torch.Tensor) -> torch.Tensor:
-        """All outputs of ``source`` [T, in]."""
-        parts, whole = self._parts("weight")
-        if whole is not None:
-            out = torch.bmm(self._each(source), whole.view(len(parts), -1, source.shape[1]).transpose(1, 2))
-        else:
-            out = source.new_empty(len(parts), source.shape[0], self.sizes[0])
-            for part, plane in zip(parts, out.unbind(), strict=True):
-                torch.mm(source, part.t(), out=plane)
-        if self.has_bias:
-            for bias, plane in zip(self._parts("bias")[0], out.unbind(), strict=True):
-                plane.add_(bias)
-        return out
-
-    def add_weight_gradient(
-        self, gradients: torch.Tensor | Sequence[torch.Tensor], source: torch.Tensor
-    ) -> None:
-        """Add the products of ``gradients`` [projections, T, out] and ``source`` to the gradients."""
-        _, whole = self._parts("weight", gradient=True)
-        if whole is None or not isinstance(gradients, torch.Tensor):
-            super().add_weight_gradient([*gradients], source)
-            return
-        stacked = whole.view(len(gradients), -1, source.shape[1])
-        stacked.baddbmm_(gradients.transpose(1, 2), self._each(source))
-
-    def _each(self, source: torch.Tensor) -> torch.Tensor:
-        return source.expand(len(self.names), *source.shape)
+    def _each(self, held: Mapping[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
+        return [held[f"{name}.{kind}"] for name in self.names]

@@ -1,6 +1,6 @@
 """MLP segments, with a gate (llama, qwen2, qwen3) or without (gpt2); backward computes the activation again.
 
-Gate and up are made by one product, [2, T, intermediate]; in backward their gradients take their memory.
+In backward the gradients of gate and up take their memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from picotron.planner.model import Segment
-from picotron.runtime.fused import EqualProjections
+from picotron.runtime.fused import Projections
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
@@ -20,26 +20,26 @@ class GatedMlp(SegmentRunner):
 
     def __init__(self, context: Context, segment: Segment) -> None:
         super().__init__(context, segment)
-        self.gate_up = EqualProjections(["gate_proj", "up_proj"], self.w, self.d)
-        self.projections["gate_up"] = self.gate_up
+        self.gate_up = Projections(["gate_proj", "up_proj"], self.w, self.d)
 
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
         saved: Saved = {}
         source = self._normed(x, saved)
-        saved["gate_up"] = self.gate_up.output(source)
+        gate, up = saved["gate"], saved["up"] = self.gate_up.outputs(source)
         del source
-        gate, up = saved["gate_up"].unbind()
         product = functional.silu(gate).mul_(up)
-        part = self._output_product(x, product, self.w["down_proj.weight"].t())
-        del gate, up, product
-        y = self._residual(x, part)
-        return (y.add_(self.w["down_proj.bias"]) if "down_proj.bias" in self.w else y), saved
+        full = torch.mm(product, self.w["down_proj.weight"].t())
+        del product
+        y = self.context.reduce(full)
+        del full
+        if "down_proj.bias" in self.w:
+            y.add_(self.w["down_proj.bias"])
+        return y.add_(x), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
-        gate_up = saved.pop("gate_up")
-        gate, up = gate_up.unbind()
+        gate, up = saved.pop("gate"), saved.pop("up")
         active = functional.silu(gate)
         product = active * up
         self._add_bias_gradient("down_proj.bias", dy)
@@ -51,20 +51,20 @@ class GatedMlp(SegmentRunner):
         up.mul_(dproduct)  # the gradient of the activation, for a moment
         torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
         torch.mul(active, dproduct, out=up)
+        gradients = [gate, up]
         del active, dproduct, gate, up
-        gradients = [gate_up]
-        del gate_up
         dnormed = self._input_backward(saved, gradients)
         return self._norm_backward(saved, dnormed).add_(dy)
 
     def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.gate_up.input_gradient(gradients[0].unbind())
+        return self.gate_up.input_gradient(gradients)
 
     def _weight_gradients(
         self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
     ) -> None:
-        self._add_product(saved, "gate_up", gradients[0], source)
-        self.gate_up.add_bias_gradient(gradients[0].unbind())
+        for name, gradient in zip(self.gate_up.names, gradients, strict=True):
+            self._add_product(saved, f"{name}.weight", gradient, source)
+        self.gate_up.add_bias_gradients(gradients)
 
 
 class PlainMlp(SegmentRunner):
@@ -79,9 +79,11 @@ class PlainMlp(SegmentRunner):
         saved["fc"] = torch.addmm(self.w["c_fc.bias"], source, self.w["c_fc.weight"])
         del source
         active = functional.gelu(saved["fc"], approximate="tanh")
-        part = self._output_product(x, active, self.w["c_proj.weight"])
+        full = torch.mm(active, self.w["c_proj.weight"])
         del active
-        return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
+        y = self.context.reduce(full)
+        del full
+        return y.add_(self.w["c_proj.bias"]).add_(x), saved
 
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""

@@ -24,7 +24,6 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
-from picotron.runtime.fused import EqualProjections
 from picotron.runtime.heads import HeadsAttention
 from picotron.runtime.kernels import Attention, AttentionCore, LayerNorm, Norm, RmsNorm
 from picotron.runtime.ring import RingAttention
@@ -129,7 +128,6 @@ class SegmentRunner(ABC):
         self.d = {short: context.gradients[name] for short, name in names.items()}
         norms = [".".join(p.name.split(".")[-2:]) for p in segment.parameters if p.role == "norm"]
         self.norm = self._make_norm(norms) if norms else None
-        self.projections: dict[str, EqualProjections] = {}
 
     def _make_norm(self, names: list[str]) -> Norm:
         eps = self.context.model.norm_eps
@@ -174,9 +172,6 @@ class SegmentRunner(ABC):
             self._multiply(name, gradient, source)
 
     def _multiply(self, name: str, gradient: torch.Tensor, source: torch.Tensor) -> None:
-        if name in self.projections:
-            self.projections[name].add_weight_gradient(gradient, source)
-            return
         left, right = (source, gradient) if self.conv1d else (gradient, source)
         self.d[name].addmm_(left.t(), right)
 
@@ -196,14 +191,6 @@ class SegmentRunner(ABC):
         assert self.norm is not None
         take = saved.pop if last else saved.__getitem__
         return self.context.gather(self.norm.again(take("x"), take("statistics")))
-
-    def _output_product(self, x: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The rank's part of the row-parallel product ``source @ weight``; on one rank its sum with ``x``."""
-        return torch.addmm(x, source, weight) if self.dims.tp == 1 else torch.mm(source, weight)
-
-    def _residual(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """``x`` and the sum over tp of what ``_output_product`` gave, for this rank's tokens."""
-        return part if self.dims.tp == 1 else self.context.reduce(part).add_(x)
 
     def _norm_backward(self, saved: Saved, dnormed: torch.Tensor, *, last: bool = False) -> torch.Tensor:
         """From the local gradient of the normed x to that of x; ``last``: no product needs the norm again."""

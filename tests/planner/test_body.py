@@ -391,7 +391,7 @@ def test_what_stays_between_the_halves() -> None:
     heads = {"context": hidden, "dq": hidden, "dk": hidden // 2, "dv": hidden // 2}
     assert _kept(bodies, 0) == {"token_ids": 8 * 8, "dy": hidden}
     assert _kept(bodies, 1) == norm | heads | {"dy": hidden}
-    columns = {"product": inner, "gate_up": 2 * inner}
+    columns = {"product": inner, "gate": inner, "up": inner}
     assert _kept(bodies, 2) == norm | columns | {"dy": hidden}
     logits = {"logits": 8 * 10 * 2}  # by then their gradient; nothing comes back into the head
     assert _kept(bodies, 5) == norm | logits | {"dy": hidden}

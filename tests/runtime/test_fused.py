@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from picotron.runtime.fused import EqualProjections, Projections, side_by_side
+from picotron.runtime.fused import Projections, side_by_side
 
 
 def parts(*rows: int, gap: int = 0) -> list[torch.Tensor]:
@@ -32,30 +32,29 @@ def test_others_between_them_or_another_order_leave_them_apart() -> None:
     assert side_by_side([parts(2)[0].t(), parts(2)[0]]) is None
 
 
-@pytest.mark.parametrize("kind", [Projections, EqualProjections])
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_one_product_or_several(kind: type[Projections], apart: bool) -> None:
-    """Outputs, input gradient and gradients of weights and biases are those of each projection by itself."""
+def test_one_product_or_several(together: bool, apart: bool) -> None:
+    """Outputs, input gradient and gradients of biases are those of each projection by itself."""
     names, draw = ["gate_proj", "up_proj"], torch.Generator().manual_seed(0)
 
     def piled(*shape: int) -> list[torch.Tensor]:
         whole = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
         return [each.clone() for each in whole] if apart else [*whole]
 
-    w, b, dw, db = piled(4, 3), piled(4), piled(4, 3), piled(4)
-    weights, gradients = (
-        {f"{name}.{kind}": held[i] for i, name in enumerate(names) for kind, held in pair}
-        for pair in ((("weight", w), ("bias", b)), (("weight", dw), ("bias", db)))
-    )
-    before = [each.clone() for each in (*dw, *db)]
-    made = kind(names, weights, gradients)
+    w, b, db = piled(4, 3), piled(4), piled(4)
+    weights = {f"{name}.weight": w[i] for i, name in enumerate(names)}
+    weights |= {f"{name}.bias": b[i] for i, name in enumerate(names)}
+    before = [each.clone() for each in db]
+    made = Projections(names, weights, {f"{name}.bias": db[i] for i, name in enumerate(names)})
+    made.together = together
     x, dy = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((5, 3), (2, 5, 4)))
-    out = made.output(x)
-    for place, each in enumerate(out.unbind() if kind is EqualProjections else out.chunk(2, dim=1)):
-        torch.testing.assert_close(each, x @ w[place].T + b[place])
+    outputs = made.outputs(x)
+    assert (outputs[0].untyped_storage()._cdata == outputs[1].untyped_storage()._cdata) == (
+        together and not apart
+    )
     torch.testing.assert_close(made.input_gradient([*dy]), dy[0] @ w[0] + dy[1] @ w[1])
-    made.add_weight_gradient(dy if kind is EqualProjections else [*dy], x)
-    made.add_bias_gradient([*dy])
+    made.add_bias_gradients([*dy])
     for place in range(2):
-        torch.testing.assert_close(dw[place], before[place] + dy[place].T @ x)
-        torch.testing.assert_close(db[place], before[2 + place] + dy[place].sum(0))
+        torch.testing.assert_close(outputs[place], x @ w[place].T + b[place])
+        torch.testing.assert_close(db[place], before[place] + dy[place].sum(0))
