@@ -57,7 +57,8 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
 
 def _head_norm_tensors(ops: Operations, name: str, heads: int) -> tuple[Tensor, Tensor]:
     d = ops.d
-    return ops.saved(f"{name}_inverse", d.tokens * heads), ops.saved(name, d.tokens * heads * d.head_dim)
+    inverse = ops.saved(f"{name}_inverse", d.tokens * heads, itemsize=d.statistics_itemsize)
+    return inverse, ops.saved(name, d.tokens * heads * d.head_dim)
 
 
 def log_sum_exp(ops: Operations) -> Tensor:

@@ -131,6 +131,8 @@ class Dims:
     tp: int
     sequence_parallel: bool
     itemsize: int
+    gradient_itemsize: int = 0  # of weight gradients; 0: as ``itemsize``
+    adds_products: bool = False  # weight products are made in the compute format, then added to the gradient
 
     @property
     def tokens(self) -> int:
@@ -154,8 +156,13 @@ class Dims:
 
     @property
     def statistics_itemsize(self) -> int:
-        """Bytes of a softmax statistic: never below fp32."""
+        """Bytes of what is summed over many elements (softmax, norms, rotations): never below fp32."""
         return max(4, self.itemsize)
+
+    @property
+    def casts_gradients(self) -> bool:
+        """Whether gradients are accumulated in another format than they are computed in."""
+        return self.gradient_itemsize not in (0, self.itemsize)
 
 
 def dims(
@@ -166,6 +173,8 @@ def dims(
     seq_len: int,
     sequence_parallel: bool,
     itemsize: int,
+    gradient_itemsize: int = 0,
+    adds_products: bool = False,
     tp_index: int = 0,
 ) -> Dims:
     """The local sizes at ``tp_index``. Raises PlanError where tokens cannot be cut evenly."""
@@ -192,6 +201,8 @@ def dims(
         tp=tp,
         sequence_parallel=sequence_parallel,
         itemsize=itemsize,
+        gradient_itemsize=gradient_itemsize,
+        adds_products=adds_products,
     )
 
 

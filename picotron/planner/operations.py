@@ -44,6 +44,11 @@ class Operations:
         reads: Iterable[Tensor] = (),
     ) -> None:
         """[m, k] @ [k, n], ``batch`` times."""
+        if reads and self.d.adds_products:
+            product = self.tensor(f"{name} product", m * n)
+            creates, frees, after = [*creates, product], (), [product, *frees]
+        else:
+            product, after = None, []
         self.operations.append(
             Operation(
                 name=name,
@@ -56,6 +61,8 @@ class Operations:
                 shape=(m, n, k, batch),
             )
         )
+        if product is not None:
+            self.kernel(f"{name} added", m * n, passes=5, frees=after, reads=[product])
 
     def kernel(
         self,
@@ -134,21 +141,34 @@ class Operations:
             self.d.local_tokens * self.d.hidden,
             passes=5 if model.norm == "rms" else 3,
             kernels=7 if model.norm == "rms" else 1,
-            creates=[normed, *self.statistics(model)],
+            creates=[normed, *self.statistics(model), *(wide := self._wide_affine(model, "forward"))],
+            frees=wide,
         )
         return normed
 
     def statistics(self, model: ModelSpec) -> list[Tensor]:
         """What the norm keeps of each row."""
         names = ("inverse",) if model.norm == "rms" else ("mean", "inverse")
-        return [self.saved(name, self.d.local_tokens) for name in names]
+        return [self.saved(name, self.d.local_tokens, self.d.statistics_itemsize) for name in names]
+
+    def _wide_affine(self, model: ModelSpec, when: str) -> list[Tensor]:
+        """Scale and shift of a layer norm in the precision of its statistics, where that is another."""
+        if model.norm == "rms" or self.d.statistics_itemsize == self.d.itemsize:
+            return []
+        return [self._statistic(name, self.d.hidden) for name in (f"scale {when}", f"shift {when}")]
+
+    def _statistic(self, name: str, elements: int) -> Tensor:
+        return self.tensor(name, elements, itemsize=self.d.statistics_itemsize)
 
     def norm_again(self, model: ModelSpec) -> Tensor:
         """The normed input, computed again for the weight gradients rather than kept."""
         normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
         scratch = (
-            [] if model.norm == "rms" else [self.tensor(f"again{i}", self.d.local_tokens) for i in range(2)]
+            []
+            if model.norm == "rms"
+            else [self._statistic(f"again{i}", self.d.local_tokens) for i in range(2)]
         )
+        scratch += self._wide_affine(model, "again")
         self.kernel(
             "norm again",
             self.d.local_tokens * self.d.hidden,
@@ -170,7 +190,8 @@ class Operations:
         else:
             part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
             self.reduced("reduce gradient", full, part)
-            small = [self.tensor("dscale", d.hidden), self.tensor("dshift", d.hidden)]
+            small = [self._statistic("dscale", d.hidden), self._statistic("dshift", d.hidden)]
+            small += self._wide_affine(model, "backward")
             self.kernel("norm backward", size, passes=5, creates=[self.g(), *small], frees=[part, *small])
         self.kernel("residual gradient", size, passes=0 if self.is_last else 3, frees=after)
 
@@ -187,7 +208,7 @@ class Operations:
             self.tensor(f"{name} unit", rows * width),
             self.tensor(f"{name} product", rows * width),
         )
-        small, dot = self.tensor(f"{name} scale", width), self.tensor(f"{name} dot", rows)
+        small, dot = self._statistic(f"{name} scale", width), self.tensor(f"{name} dot", rows)
         self.kernel(name, rows * width, passes=3, creates=[unit])
         self.kernel(name, rows * width, passes=4, kernels=2, creates=[product, small], frees=[small])
         self.kernel(name, rows * width, passes=2, creates=[dot], frees=[product])

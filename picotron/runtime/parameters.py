@@ -7,7 +7,7 @@ import torch
 from picotron.planner.body import Category
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import Coordinate
-from picotron.runtime.layout import DTYPES, WeightSource, slice_of
+from picotron.runtime.layout import DTYPES, WIDTHS, WeightSource, slice_of
 from picotron.runtime.optimizer import (
     clip_coefficient,
     learning_rate,
@@ -21,7 +21,8 @@ class Parameters:
     """What one rank holds of the model's parameters.
 
     ``weights`` and ``gradients`` are by name; gradients are views of ``buckets``, one flat buffer for each
-    (stage, index) of the plan's buckets.
+    (stage, index) of the plan's buckets. ``main`` are the weights that the optimizer moves: the weights
+    themselves or, where the plan computes in 16 bits, fp32 ones that the weights are rounded from.
     """
 
     def __init__(
@@ -29,30 +30,38 @@ class Parameters:
     ) -> None:
         self.plan, self.where = plan, where
         self.placements = plan.held(where)
-        self.dtype = DTYPES[plan.workload.precision]
-        self.weights = {p.name: slice_of(source(p), p, where).to(device, self.dtype) for p in self.placements}
+        self.dtype, form = DTYPES[plan.workload.precision], plan.format
+        self.gradient_dtype, self.reduce_dtype = WIDTHS[form.gradient], WIDTHS[form.reduce]
+        main = WIDTHS.get(form.main, self.dtype)
+        self.main = {p.name: slice_of(source(p), p, where).to(device, main) for p in self.placements}
+        self.weights = {name: weight.to(self.dtype) for name, weight in self.main.items()}
         self.buckets: dict[tuple[int, int], torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self._open_buckets(device)
-        self.optimizer = make_optimizer(plan.workload, self.weights, self.gradients)
+        self.optimizer = make_optimizer(plan.workload, self.main, self.gradients)
 
     def _open_buckets(self, device: torch.device) -> None:
         """One flat gradient buffer a bucket, and each parameter's view of its own."""
         stages = self.plan.rank_stages(self.where.pp)
         for bucket in (bucket for stage in stages for bucket in self.plan.stage_buckets[stage]):
             sizes = [self.weights[name].numel() for name in bucket.names]
-            buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=device)
+            buffer = torch.zeros(sum(sizes), dtype=self.gradient_dtype, device=device)
             for name, part in zip(bucket.names, torch.split(buffer, sizes), strict=True):
                 self.gradients[name] = part.view(self.weights[name].shape)
             self.buckets[bucket.stage, bucket.index] = buffer
 
     def standing(self) -> dict[Category, list[torch.Tensor]]:
         """What lives between steps, by the plan's categories."""
+        main = [] if self._is_main() else list(self.main.values())
         return {
             "parameters": list(self.weights.values()),
             "gradients": list(self.buckets.values()),
-            "optimizer": optimizer_tensors(self.optimizer),
+            "optimizer": [*main, *optimizer_tensors(self.optimizer)],
         }
+
+    def _is_main(self) -> bool:
+        """Whether the weights are their own main ones."""
+        return not self.plan.format.main
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the step before."""
@@ -73,4 +82,11 @@ class Parameters:
         rate = learning_rate(work, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        copied = [name for name, main in self.main.items() if main.dtype != self.gradient_dtype]
+        for name in copied:
+            self.main[name].grad = self.gradients[name].to(self.main[name].dtype)
         self.optimizer.step()
+        for name in copied:
+            self.main[name].grad = None
+        if not self._is_main():
+            torch._foreach_copy_(list(self.weights.values()), list(self.main.values()))

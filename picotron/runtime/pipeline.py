@@ -30,7 +30,7 @@ from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
-from picotron.runtime.kernels import rotary_tables
+from picotron.runtime.kernels import rotary_tables, statistics_dtype
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
 from picotron.runtime.optimizer import learning_rate
@@ -69,11 +69,15 @@ class StepResult:
 
 @frozen
 class _Posted:
-    """A transfer under way: its handle, its tensor, and where its timeline entry stands."""
+    """A transfer under way: its handle, its tensor, and where its timeline entry stands.
+
+    ``kept``: what the tensor was cast from to travel, and is cast back into.
+    """
 
     handle: Handle
     tensor: torch.Tensor
     entry: int
+    kept: torch.Tensor | None = None
 
 
 @define
@@ -149,9 +153,8 @@ class Session:
         rotary = positions = None
         if model.rope_theta is not None:
             places = torch.arange(d.seq_len, device=device)
-            rotary = rotary_tables(
-                places, model.head_dim, model.rope_theta, model.rope_scaling, self.parameters.dtype
-            )
+            wide = statistics_dtype(self.parameters.dtype)
+            rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, wide)
         elif self.plan.stage_rank(0) == self.where.pp:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
             positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
@@ -323,10 +326,16 @@ class Session:
         self._note_posted(walk, index, "send" if row.kind in SENDS else "receive", handle, tensor)
 
     def _note_posted(
-        self, walk: _Walk, index: int, stream: str, handle: Handle, tensor: torch.Tensor
+        self,
+        walk: _Walk,
+        index: int,
+        stream: str,
+        handle: Handle,
+        tensor: torch.Tensor,
+        kept: torch.Tensor | None = None,
     ) -> None:
         """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
-        walk.posted[index] = _Posted(handle, tensor, len(walk.entries))
+        walk.posted[index] = _Posted(handle, tensor, len(walk.entries), kept)
         now = self._now(walk)
         walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
@@ -341,6 +350,8 @@ class Session:
             *entry[:4],
             *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
         )
+        if posted.kept is not None:
+            posted.kept.copy_(posted.tensor)
         target = self.rows[row.target]
         if target.kind in RECEIVES:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
@@ -348,8 +359,10 @@ class Session:
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
         flat = self.parameters.buckets[row.stage, row.part]
         group = self.program.groups[row.group]
-        handle = self.communicator.start_all_reduce(flat, group, row.bytes)
-        self._note_posted(walk, index, "collective", handle, flat)
+        travelling = flat.to(self.parameters.reduce_dtype)
+        handle = self.communicator.start_all_reduce(travelling, group, row.bytes)
+        kept = None if travelling is flat else flat
+        self._note_posted(walk, index, "collective", handle, travelling, kept)
 
     def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> tuple[float, float] | None:
         """Sum ``tensor`` over the row's group; when that was, if the backend tells."""

@@ -23,7 +23,7 @@ from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import Session, StepResult
 
 RUNNABLE_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
-RUNNABLE_PRECISIONS = ("fp32", "fp64")
+RUNNABLE_PRECISIONS = ("fp32", "fp64", "bf16")
 RUNNABLE_SCALINGS = ("linear", "llama3")
 MEMORY_REPEATS = 3  # steps whose memory is measured where a backend has threads of its own
 

@@ -23,7 +23,16 @@ from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.communicator import Communicator
-from picotron.runtime.kernels import Attention, LayerNorm, Norm, RmsNorm, rotate, vocabulary_slice
+from picotron.runtime.kernels import (
+    Attention,
+    LayerNorm,
+    Norm,
+    RmsNorm,
+    add_product,
+    rotate,
+    statistics_dtype,
+    vocabulary_slice,
+)
 
 Saved = dict[str, Any]
 Product = tuple[str, torch.Tensor, torch.Tensor | None]  # weight, gradient of the output, input or NORMED
@@ -136,7 +145,7 @@ class SegmentRunner(ABC):
 
     def _multiply(self, name: str, gradient: torch.Tensor, source: torch.Tensor) -> None:
         left, right = (source, gradient) if self.conv1d else (gradient, source)
-        self.d[name].addmm_(left.t(), right)
+        add_product(self.d[name], left.t(), right)
 
     def _source(self, saved: Saved) -> torch.Tensor | None:
         """The gathered norm of x for weight products: computed again, or left to W."""
@@ -162,7 +171,7 @@ class SegmentRunner(ABC):
 
     def _add_bias_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if name in self.d:
-            self.d[name].add_(gradient.sum(0))
+            self.d[name].add_(gradient.sum(0, dtype=statistics_dtype(gradient.dtype)))
 
 
 class Embedding(SegmentRunner):
@@ -204,14 +213,15 @@ class Embedding(SegmentRunner):
         """Add each token's gradient to its row of the table, and to its position's."""
         context, ids, dy = self.context, saved.pop("ids"), saved.pop("dy")
         if context.positions is not None:
-            self.d["wpe.weight"].index_add_(0, context.positions, dy)
-        full = context.gather(dy)
+            wpe = self.d["wpe.weight"]
+            wpe.index_add_(0, context.positions, dy.to(wpe.dtype))
+        full, table = context.gather(dy), self.d[self.table]
         if self.dims.tp > 1:
             local, outside = vocabulary_slice(ids, *context.vocabulary)
             full.masked_fill_(outside.unsqueeze(1), 0)
-            self.d[self.table].index_add_(0, local, full)
+            table.index_add_(0, local, full.to(table.dtype))
         else:
-            self.d[self.table].index_add_(0, ids, full)
+            table.index_add_(0, ids, full.to(table.dtype))
 
 
 class SplitAttention(SegmentRunner):
@@ -442,8 +452,10 @@ class Head(SegmentRunner):
         saved: Saved = {}
         labels = microbatch.labels()
         logits = self.logits(x, saved)
-        self._logit_gradient(logits, labels)
-        saved["logits"] = logits
+        work = logits.to(statistics_dtype(logits.dtype))
+        del logits
+        self._logit_gradient(work, labels)
+        saved["logits"] = work.to(x.dtype)
         return x.new_empty(0), saved
 
     def _logit_gradient(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
