@@ -35,7 +35,7 @@ def _all_reduce(parts: list[tuple[torch.Tensor, str]]) -> None:
     flat = [as_elements(tensor) for tensor, _ in parts]
     for first in range(0, max(flat[0].numel(), 1), BLOCK):
         total, *others = own = [tensor[first : first + BLOCK] for tensor in flat]
-        _reduce(total, own, op)
+        reduce_into(total, own, op)
         for other in others:
             other.copy_(total)
 
@@ -46,7 +46,7 @@ def _reduce_scatter(parts: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None
         own = [piece[place] for piece in pieces]
         inside = output.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         total = torch.empty_like(output) if inside else output
-        _reduce(total, own, op)
+        reduce_into(total, own, op)
         if inside:
             output.copy_(total)
 
@@ -58,7 +58,7 @@ _REDUCE: Mapping[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _reduce(total: torch.Tensor, tensors: list[torch.Tensor], op: str) -> None:
+def reduce_into(total: torch.Tensor, tensors: list[torch.Tensor], op: str) -> None:
     """Write to ``total``, which may be the first of them, what ``tensors`` are together, in their order."""
     combine = torch.logical_or if total.dtype == torch.bool else _REDUCE[op]
     so_far = tensors[0]

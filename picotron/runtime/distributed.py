@@ -42,16 +42,20 @@ from picotron.runtime.backend import (
     check_reduce_scatter,
     unseen,
 )
+from picotron.runtime.same_host import WAITING, share_host
+from picotron.runtime.shared_collectives import Finish, SharedCollectives
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 TIMEOUT_SECONDS = 600.0
+SHARED_BYTES = 1 << 24  # the largest tensor that goes through memory shared with others of this host
 SETTLE_SECONDS = 3e-3
 
 GLOO = Capabilities(name="gloo", clock="host", fused_reduce_scatter=False)
 NCCL = Capabilities(name="nccl", clock="host", fused_reduce_scatter=True)
 
+MESSAGES = 1 << 32  # channels of messages are numbered from here, those of groups below
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "avg": dist.ReduceOp.AVG}
 # Renamed in torch 2.13; the older names then warn.
@@ -90,7 +94,9 @@ class DistributedBackend:
         device: torch.device | str | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
         ranks: Sequence[int] | None = None,
+        shared_memory: bool = True,
     ) -> None:
+        """``shared_memory``: CPU tensors go between ranks of one host through memory, where they can."""
         everyone = range(processes.world_size)
         members = check_ranks(processes.rank, everyone if ranks is None else ranks, processes.world_size)
         if processes.rank not in members:
@@ -104,6 +110,8 @@ class DistributedBackend:
         self._store = _fresh_store(processes, members)
         self._pairs: dict[tuple[int, int, str], Any] = {}  # NCCL communicators by sender, receiver, channel
         self._tags: dict[int, str] = {}
+        self._num_groups = 0
+        self._shared: SharedCollectives | None = None
         self._started_cpu_seconds = time.process_time()
         with self._named("open"):
             dist.init_process_group(
@@ -113,6 +121,9 @@ class DistributedBackend:
                 world_size=self.world_size,
                 timeout=self._timeout,
             )
+            if shared_memory and self.capabilities is GLOO and self.world_size > 1:
+                host = share_host(self._store, self.rank, self.world_size, timeout_seconds)
+                self._shared = None if host is None else SharedCollectives(host)
 
     @classmethod
     def open(
@@ -121,13 +132,22 @@ class DistributedBackend:
         *,
         timeout_seconds: float = TIMEOUT_SECONDS,
         ranks: Sequence[int] | None = None,
+        shared_memory: bool = True,
     ) -> Self:
         """A backend over the processes torchrun started; ``device`` is cuda if there is one, else cpu."""
         processes = connect(timeout_seconds)
-        return cls(processes, device=device, timeout_seconds=timeout_seconds, ranks=ranks)
+        return cls(
+            processes,
+            device=device,
+            timeout_seconds=timeout_seconds,
+            ranks=ranks,
+            shared_memory=shared_memory,
+        )
 
     def close(self) -> None:
         """Close every communicator; a second call does nothing."""
+        if self._shared is not None:
+            self._shared.host.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -151,11 +171,20 @@ class DistributedBackend:
         """A communicator of ascending ``ranks``."""
         members = check_ranks(self.rank, ranks, self.world_size)
         with self._named("new_group"):
-            return Group(members, name, dist.new_group(list(members), timeout=self._timeout))
+            opened = dist.new_group(list(members), timeout=self._timeout)
+        self._num_groups += 1
+        return Group(members, name, Opened(opened, self._num_groups, self._is_shared(members)))
+
+    def _is_shared(self, ranks: Sequence[int]) -> bool:
+        return self._shared is not None and self._shared.reaches(ranks)
 
     def all_reduce(self, tensor: torch.Tensor, group: Group, op: str = "sum") -> Handle:
         """Replace ``tensor`` by its sum, max or avg over the group."""
         check_all_reduce(self.rank, group, tensor, op)
+        if shared := self._sharing(group, tensor):
+            return self._show(
+                "all_reduce", group, lambda channel: shared.all_reduce(tensor, group, channel, op)
+            )
         torch_op, finish = self._reduction(op, tensor, group)
         return self._post(
             "all_reduce", group, lambda pg: dist.all_reduce(tensor, torch_op, group=pg, async_op=True), finish
@@ -164,6 +193,10 @@ class DistributedBackend:
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
         """Write to ``output`` the members' inputs, concatenated."""
         check_all_gather(self.rank, group, output, input)
+        if shared := self._sharing(group, output):
+            return self._show(
+                "all_gather", group, lambda channel: shared.all_gather(output, input, group, channel)
+            )
         return self._post("all_gather", group, lambda pg: _all_gather(output, input, group=pg, async_op=True))
 
     def reduce_scatter(
@@ -171,6 +204,12 @@ class DistributedBackend:
     ) -> Handle:
         """Write to ``output`` this rank's part of the reduced inputs."""
         check_reduce_scatter(self.rank, group, output, input, op)
+        if shared := self._sharing(group, input):
+            return self._show(
+                "reduce_scatter",
+                group,
+                lambda channel: shared.reduce_scatter(output, input, group, channel, op),
+            )
         torch_op, finish = self._reduction(op, output, group)
         return self._post(
             "reduce_scatter",
@@ -189,6 +228,12 @@ class DistributedBackend:
     ) -> Handle:
         """Exchange parts: part i of ``input`` goes to member i."""
         received, sent = check_all_to_all(self.rank, group, output, input, output_sizes, input_sizes)
+        if shared := self._sharing(group):
+            return self._show(
+                "all_to_all",
+                group,
+                lambda channel: shared.all_to_all(output, input, group, channel, received, sent),
+            )
         return self._post(
             "all_to_all",
             group,
@@ -200,6 +245,10 @@ class DistributedBackend:
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
         """Replace ``tensor`` by that of world rank ``source``."""
         check_broadcast(self.rank, group, tensor, source)
+        if shared := self._sharing(group, tensor):
+            return self._show(
+                "broadcast", group, lambda channel: shared.broadcast(tensor, group, channel, source)
+            )
         return self._post(
             "broadcast", group, lambda pg: dist.broadcast(tensor, source, group=pg, async_op=True)
         )
@@ -208,6 +257,8 @@ class DistributedBackend:
         """Send to ``peer``; on gloo it may end only when the receive is posted."""
         check_message(self.rank, "send", tensor, peer, self.world_size)
         with self._named(action := f"send to rank {peer} on channel {channel!r}"):
+            if shared := self._sharing_with(peer, tensor):
+                return SharedHandle(self, action, shared.send(tensor, peer, MESSAGES + self._tag(channel)))
             if self.capabilities is NCCL:
                 work = self._pair(self.rank, peer, channel).send([tensor], 1, 0)
             else:
@@ -218,6 +269,8 @@ class DistributedBackend:
         """Receive into ``tensor`` the next message of ``peer`` on ``channel``."""
         check_message(self.rank, "recv", tensor, peer, self.world_size)
         with self._named(action := f"recv from rank {peer} on channel {channel!r}"):
+            if shared := self._sharing_with(peer, tensor):
+                return SharedHandle(self, action, shared.receive(tensor, peer, MESSAGES + self._tag(channel)))
             if self.capabilities is NCCL:
                 work = self._pair(peer, self.rank, channel).recv([tensor], 0, 0)
             else:
@@ -271,15 +324,32 @@ class DistributedBackend:
         except RuntimeError as secondary:  # the first error is the one to tell
             error.add_note(f"closing then failed too: {secondary}")
 
+    def _sharing(self, group: Group, tensor: torch.Tensor | None = None) -> SharedCollectives | None:
+        """How ``tensor`` (None: of any size) goes through shared memory; None where it does not."""
+        opened = group.payload
+        fits = tensor is None or tensor.numel() * tensor.element_size() <= SHARED_BYTES
+        return self._shared if isinstance(opened, Opened) and opened.is_shared and fits else None
+
+    def _sharing_with(self, peer: int, tensor: torch.Tensor) -> SharedCollectives | None:
+        """The same, for a message."""
+        fits = tensor.numel() * tensor.element_size() <= SHARED_BYTES
+        return self._shared if fits and self._is_shared((peer,)) else None
+
+    def _show(self, kind: str, group: Group, start: Callable[[int], Finish]) -> Handle:
+        """Start a collective through shared memory."""
+        assert isinstance(group.payload, Opened)
+        with self._named(action := f"{kind} in group {group}"):
+            return SharedHandle(self, action, start(group.payload.number))
+
     def _post(
         self, kind: str, group: Group, start: Callable[[Any], Any], finish: Callable[[], object] | None = None
     ) -> Handle:
         """Start a collective."""
         action = f"{kind} in group {group}"
-        if not isinstance(group.payload, dist.ProcessGroup):
+        if not isinstance(group.payload, Opened):
             raise ExecutionError(f"group must come from new_group, got {group}", rank=self.rank, action=kind)
         with self._named(action):
-            return DistributedHandle(self, action, start(group.payload), finish)
+            return DistributedHandle(self, action, start(group.payload.process_group), finish)
 
     def _reduction(
         self, op: str, result: torch.Tensor, group: Group
@@ -314,8 +384,11 @@ class DistributedBackend:
         try:
             with unseen():
                 yield
-        except ExecutionError:
-            raise
+        except ExecutionError as error:
+            if error.action != WAITING:
+                raise
+            message = f"{self._announced_failure()}{error.message}"
+            raise ExecutionError(message, rank=self.rank, action=action) from error
         except (RuntimeError, ValueError) as error:
             message = f"{self._announced_failure()}torch.distributed failed: {error}"
             raise ExecutionError(message, rank=self.rank, action=action) from error
@@ -325,6 +398,36 @@ class DistributedBackend:
             return f"{self._store.get('failure').decode()}; " if self._store.check(["failure"]) else ""
         except RuntimeError:  # the store's host is gone
             return ""
+
+
+@frozen
+class Opened:
+    """A group's communicator: torch's, its number, and whether its ranks share this host's memory."""
+
+    process_group: Any
+    number: int
+    is_shared: bool
+
+
+@define
+class SharedHandle:
+    """An operation through shared memory; ``finish`` is None once it has ended."""
+
+    backend: DistributedBackend
+    action: str
+    finish: Finish | None
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Unknown: nobody looks at a clock."""
+        return None
+
+    def wait(self) -> None:
+        """Return once it is complete."""
+        if self.finish is not None:
+            with self.backend._named(self.action):
+                self.finish()
+            self.finish = None
 
 
 @define

@@ -29,7 +29,7 @@ from tests.runtime.gloo import launch
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.uint8)
 DTYPES = (*FLOATS, *INTEGERS, torch.bool)  # all of them move
-GLOO_WORLDS = (4, 3, 2, 1)
+GLOO_WORLDS = ((4, True), (3, True), (3, False), (2, True), (2, False), (1, True))  # size, shared memory
 SIMULATED_WORLDS = (1, 2, 3, 5)
 
 
@@ -603,23 +603,29 @@ CASES = (
     broken_rules_are_refused_at_the_door,
 )
 
-Outcomes = dict[tuple[int, str], str]
+Outcomes = dict[tuple[int, bool, str], str]
 
 
 def run_cases() -> Outcomes:
     """In each process: how every case ended on every world this one is in; a failure ends its world."""
     processes, outcomes = connect(60), {}
-    for world_size in GLOO_WORLDS:
+    for world_size, shared_memory in GLOO_WORLDS:
         if processes.rank >= world_size:
             continue
-        backend = DistributedBackend(processes, device="cpu", timeout_seconds=60, ranks=range(world_size))
+        backend = DistributedBackend(
+            processes,
+            device="cpu",
+            timeout_seconds=60,
+            ranks=range(world_size),
+            shared_memory=shared_memory,
+        )
         for case in CASES:
             try:
                 case(backend)
                 backend.barrier()
-                outcomes[world_size, case.__name__] = "passed"
+                outcomes[world_size, shared_memory, case.__name__] = "passed"
             except BaseException as error:
-                outcomes[world_size, case.__name__] = traceback.format_exc()
+                outcomes[world_size, shared_memory, case.__name__] = traceback.format_exc()
                 backend.abort(error)
                 break
         backend.close()
@@ -628,17 +634,17 @@ def run_cases() -> Outcomes:
 
 @pytest.fixture(scope="module")
 def gloo_outcomes() -> list[Outcomes]:
-    return launch(run_cases, max(GLOO_WORLDS))
+    return launch(run_cases, max(world_size for world_size, _ in GLOO_WORLDS))
 
 
-@pytest.mark.parametrize("world_size", GLOO_WORLDS)
+@pytest.mark.parametrize(("world_size", "shared_memory"), GLOO_WORLDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_gloo_conforms(
-    case: Callable[[Backend], None], world_size: int, gloo_outcomes: list[Outcomes]
+    case: Callable[[Backend], None], world_size: int, shared_memory: bool, gloo_outcomes: list[Outcomes]
 ) -> None:
     """Every case holds on processes."""
     for outcomes in gloo_outcomes[:world_size]:
-        outcome = outcomes.get((world_size, case.__name__), "not reached")
+        outcome = outcomes.get((world_size, shared_memory, case.__name__), "not reached")
         assert outcome == "passed", outcome
 
 
