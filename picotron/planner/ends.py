@@ -62,7 +62,9 @@ def embedding_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     if model.rope_theta is None:
         wide = _wide(ops, "wide position gradient", d.local_tokens)
         reads = [incoming, *wide]
-        ops.kernel("position gradient", d.local_tokens * d.hidden, passes=3, creates=wide, frees=wide, reads=reads)
+        ops.kernel(
+            "position gradient", d.local_tokens * d.hidden, passes=3, creates=wide, frees=wide, reads=reads
+        )
     full = ops.gathered("gather gradient", incoming, keep=True, for_weights=True)
     masks = _vocabulary_masks(ops, reads=[ids]) if d.tp > 1 else []
     held = [*dict.fromkeys((full, incoming)), *masks, ids]

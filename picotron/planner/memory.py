@@ -155,7 +155,6 @@ class _Moments:
             change = self.gradients(self._sum_bytes(row, own))
         return [*enumerate(self.segments.get((row.stage, row.kind), ())), (-1, change)]
 
-
     def _sum_bytes(self, row: Row, own: Sequence[Row]) -> int:
         """Gradients that come with the post of a sum, or go with the wait for it."""
         if row.kind is not Kind.WAIT:
@@ -181,7 +180,10 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
         (Kind.WAIT, Kind.SEND_F): change("activations", -boundary),
         (Kind.WAIT, Kind.SEND_B): change("workspace", -boundary),
     }
-    for kind, size in ((Kind.NORM, _norm_scratch_bytes(plan, where)), (Kind.UPDATE, _cast_bytes(plan, where))):
+    for kind, size in (
+        (Kind.NORM, _norm_scratch_bytes(plan, where)),
+        (Kind.UPDATE, _cast_bytes(plan, where)),
+    ):
         scratch = change("workspace", size)
         found.left[scratch] = np.zeros_like(found.left[scratch])
         found.changes[kind, kind] = scratch

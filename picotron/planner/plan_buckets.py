@@ -36,8 +36,7 @@ def payload_bytes(plan: TrainingPlan, stage: int, tp_index: int) -> tuple[int, .
     where = Coordinate(pp=plan.stage_rank(stage), tp=tp_index)
     numel = {p.name: plan.sharding.padded_numel(p, where) for p in plan.held(where)}
     return tuple(
-        sum(numel[name] for name in bucket.names) * plan.format.reduce
-        for bucket in plan.stage_buckets[stage]
+        sum(numel[name] for name in bucket.names) * plan.format.reduce for bucket in plan.stage_buckets[stage]
     )
 
 

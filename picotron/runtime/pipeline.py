@@ -44,7 +44,7 @@ Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what 
 
 
 class LossError(ExecutionError):
-    """The loss is not a finite number; the weights are still those of the last good step."""
+    """Too many steps in a row without a finite loss; the weights are still those of the last good one."""
 
 
 @frozen(kw_only=True)
@@ -52,7 +52,8 @@ class StepResult:
     """One step as every rank knows it, and what this rank measured of it.
 
     ``entries`` are timeline rows in seconds since the step began on this rank's clock; ``memory`` is None
-    unless the step was asked to measure it.
+    unless the step was asked to measure it. ``skipped``: loss or gradient norm was not finite, so that no
+    rank has changed weights or optimizer; a step counts all the same, for the data and the learning rate.
     """
 
     step: int
@@ -65,6 +66,7 @@ class StepResult:
     payload_bytes: tuple[tuple[str, str, int], ...]
     entries: tuple[Entry, ...]
     memory: MemoryTimeline | None = None
+    skipped: bool = False
 
 
 @frozen
@@ -92,6 +94,7 @@ class _Walk:
     posted: dict[int, _Posted]
     entries: list[Entry]
     memory: list[tuple[int, int, int, int]]
+    skipped: bool = False
 
 
 def check_world(plan: TrainingPlan, backend: Backend) -> None:
@@ -126,6 +129,7 @@ class Session:
             for stage in plan.rank_stages(self.where.pp)
         }
         self.num_steps = 0
+        self.skipped_in_a_row = 0
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -181,7 +185,8 @@ class Session:
     def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
         """Run the program once over this rank's microbatches.
 
-        Raises LossError, before any weight changes, where loss or gradient norm is not finite.
+        Where loss or gradient norm is not finite, no weight changes; LossError where that follows on the
+        plan's ``max_skipped_steps`` of such steps.
         """
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
@@ -209,8 +214,10 @@ class Session:
             ),
             entries=tuple(walk.entries),
             memory=_memory_timeline(self.backend.rank, walk.memory, standing) if tracker else None,
+            skipped=walk.skipped,
         )
         self.num_steps += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if walk.skipped else 0
         return result
 
     def _check_batches(self, batches: Sequence[HostBatch]) -> None:
@@ -259,7 +266,7 @@ class Session:
         elif row.kind is Kind.NORM:
             return self._norm(walk, row)
         elif row.kind is Kind.UPDATE:
-            self._update()
+            self._update(walk)
         else:
             raise ExecutionError(f"{row.kind.name} is planned and priced, and cannot be run yet")
         return None
@@ -395,18 +402,28 @@ class Session:
             raise ExecutionError(
                 "a step needs at least one token with a label, got none", rank=self.backend.rank
             )
-        if not all(math.isfinite(value) for value in values):
-            raise LossError(
-                f"loss and gradient norm must be finite, got {values[1] / values[2]} and "
-                f"{math.sqrt(values[0]) if values[0] >= 0 else values[0]} in step {self.num_steps}; "
-                "the weights are those of the step before: lower the learning rate or look at the data",
-                rank=self.backend.rank,
-                action="NORM",
-                position=f"step {self.num_steps}",
-            )
+        walk.skipped = not all(math.isfinite(value) for value in values)
+        if walk.skipped and self.skipped_in_a_row == self.plan.workload.max_skipped_steps:
+            raise self._too_many_skipped(values[1] / values[2], values[0])
         return span
 
-    def _update(self) -> None:
+    def _too_many_skipped(self, loss: float, square_norm: float) -> LossError:
+        """What ends the run: one more step without a finite loss or gradient norm."""
+        before = self.skipped_in_a_row
+        return LossError(
+            f"loss and gradient norm must be finite, got {loss} and "
+            f"{math.sqrt(square_norm) if square_norm >= 0 else square_norm} in step {self.num_steps}"
+            f"{f', and none in the {before} skipped before it' if before else ''}; "
+            "the weights are those of the last good step: lower the learning rate or look at the data",
+            rank=self.backend.rank,
+            action="NORM",
+            position=f"step {self.num_steps}",
+        )
+
+    def _update(self, walk: _Walk) -> None:
+        """The optimizer's step; of a step that is skipped, nothing."""
+        if walk.skipped:
+            return
         self.parameters.update(self.num_steps, math.sqrt(float(self.statistics[0])))
         self.backend.spend(sum(stage.costs.update_seconds for stage in self.stages.values()))
 

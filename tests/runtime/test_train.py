@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import picotron as pt
 from picotron.errors import ExecutionError, PlanError
+from picotron.planner.faults import Corrupt
 from picotron.planner.interval import Interval
 from picotron.planner.plan import TrainingPlan
 from picotron.runtime.compare import compare
@@ -114,6 +115,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights_saved(tmp_pa
     assert saved.name == f"step-{steps_done:06d}"
     tensors = [t for file in saved.glob("*.safetensors") for t in load_file(file).values()]
     assert tensors and all(math.isfinite(float(tensor.sum())) for tensor in tensors)
+
+
+def test_a_skipped_step_is_told_and_read_back(tmp_path: Path):
+    """A corrupt sum in step 1: its line, the measurement and what is read of it name the step and no number."""
+    plan = a_plan(max_grad_norm=0.0)
+    bad = Corrupt(rank=0, at=0, step=1, bit=62, element=1)
+    measured = train(plan, TEXT, tmp_path / "run", steps=3, faults=[bad])
+    assert measured is not None and measured.skipped == (1,)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, True, False]
+    again = measurement_from_json((tmp_path / "run/measurement.json").read_text())
+    assert again.skipped == (1,)
+    assert lines[1]["grad_norm"] is None and math.isnan(again.grad_norms[1])
 
 
 def test_saved_weights_continue_where_they_were(tmp_path: Path):
