@@ -47,7 +47,7 @@ DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 _DECAY = must_be("a number in [0.0, 1.0)", lambda value: is_between(value, 0, 1) and value != 1)
 _dtype = must_be(
     "None or one of fp32, bf16",
-    lambda value: value is None or isinstance(value, str) and value in DTYPE_BYTES,
+    lambda value: value is None or (isinstance(value, str) and value in DTYPE_BYTES),
 )
 
 

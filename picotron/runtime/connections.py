@@ -1,4 +1,4 @@
-"""This process's network connections, as the kernel lists them (Linux): to end what waits on one."""
+"""Network connections of the process, as the kernel lists them (Linux): to end what waits on one."""
 
 from __future__ import annotations
 

@@ -426,7 +426,7 @@ class DistributedBackend:
             raise ExecutionError(f"no connection: {error}", rank=self.rank, action=action) from error
 
     def _blame(self, *, wait: bool) -> str:
-        """Who died or failed, as the beginning of a message; ``wait``: that is likely, and may be on its way."""
+        """Who died or failed, as a message begins; ``wait``: that is likely, and may be on its way."""
         if self._watchdog is not None:
             news = self._watchdog.wait(TELL_SECONDS if wait else 0.0)
             if news is not None:

@@ -39,8 +39,8 @@ class Measurement:
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (the plan's own seconds, which must be
     the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own) or "host".
     ``payload_bytes_by_rank`` and ``memory`` have the types that the prediction has; ``rows_by_rank`` are the
-    rows each rank executed, in order. ``skipped`` are the steps that changed nothing, as their loss or gradient
-    norm was not finite. The CPU seconds are of a typical step: the median of those that were
+    rows each rank executed, in order. ``skipped`` are the steps that changed nothing, as their loss or
+    gradient norm was not finite. The CPU seconds are of a typical step: the median of those that were
     neither the first nor measured.
     """
 

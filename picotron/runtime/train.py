@@ -102,8 +102,9 @@ def train(
     """Train ``plan`` for ``steps`` steps into ``folder``; the measurement (None on ranks other than 0).
 
     Weights are saved every ``save_every`` steps (0: only at the end). More steps in a row without a finite
-    loss than the plan's ``max_skipped_steps`` raise LossError after the last good weights have been saved. Raises PlanError before anything runs for a plan,
-    data or folder that will not do. ``seed`` and ``world`` are of simulated ranks, as in ``run``.
+    loss than the plan's ``max_skipped_steps`` raise LossError after the last good weights have been saved.
+    Raises PlanError before anything runs for a plan, data or folder that will not do. ``seed`` and ``world``
+    are of simulated ranks, as in ``run``.
     """
     check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
     check_simulated(plan, backend, world, steps)

@@ -1,4 +1,4 @@
-"""Watches over the processes of a world: when one dies or fails, all others learn which one, and where it was.
+"""Watches over the processes of a world: when one dies or fails, all others learn which one, and where.
 
 Every rank keeps a connection to the first one, on which nothing passes but where it is (once a second, when
 that has changed) and what went wrong. The kernel closes the connections of a process that ends, however it
@@ -7,8 +7,8 @@ LOST_SECONDS. The first rank tells the others; when it dies itself, each of them
 
 Who knows of a death ends by itself as soon as it needs the dead. Where it waits for others, what it waits on
 is broken off after BREAK_SECONDS, so that an ExecutionError is raised; where even that does not end it, its
-process is ended GRACE_SECONDS later, with a line on the standard error and exit code 3. So all ranks of a
-world end within BREAK_SECONDS + GRACE_SECONDS of a process's death, whether or not a launcher helps. A launcher
+process is ended GRACE_SECONDS later, with a line on the standard error and exit code 3. So all ranks
+end within BREAK_SECONDS + GRACE_SECONDS of a process's death, whether or not a launcher helps. A launcher
 that helps sends SIGTERM: its victims tell what they know before they obey.
 """
 
@@ -310,7 +310,7 @@ class Watchdog:
 
 
 def _alert(connection: socket.socket) -> socket.socket:
-    """A connection whose loss the kernel notices within LOST_SECONDS, whatever this process does meanwhile."""
+    """A connection whose loss the kernel notices within LOST_SECONDS, whatever the process does meanwhile."""
     connection.settimeout(2.0)
     options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": LOST_SECONDS - 2}
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -321,7 +321,7 @@ def _alert(connection: socket.socket) -> socket.socket:
 
 
 def _own_address() -> str:
-    """This host's address on its way to the launch's master, which is where the others reach it."""
+    """The host's address on its way to the launch's master, which is where the others reach it."""
     target = socket.getaddrinfo(os.environ.get("MASTER_ADDR", "127.0.0.1"), 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
         probe.connect(target[4])

@@ -22,6 +22,7 @@ from picotron.planner.faults import Corrupt, Drop, Fault, Kill, OutOfMemory, Pau
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.prices import plan_price
 from picotron.planner.program import rows
+from picotron.runtime import watchdog
 from picotron.runtime.backend import Backend, Group, Handle, Transfer
 from picotron.runtime.distributed import DistributedBackend, connect
 from picotron.runtime.fuzz import digest
@@ -798,7 +799,11 @@ def killed_process(name: str) -> int | None:
 
 
 def strike_really() -> dict[str, list[Ending | None]]:
-    """In each process: every case that it lives to see. The first one collects how they all ended."""
+    """In each process: every case that it lives to see. The first one collects how they all ended.
+
+    No watchdog ends who does not need the dead: that is what is looked at.
+    """
+    watchdog.BREAK_SECONDS = 600.0
     processes = connect(60)
     for name, (function, members, faults) in REAL.items():
         if processes.rank not in members:
