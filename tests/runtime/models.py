@@ -28,7 +28,7 @@ from picotron.runtime.pipeline import Session, StepResult
 from picotron.runtime.simulated import simulate
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
-TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10, "bf16": 2.0**-6}  # bf16 to bf16; see bf16_excess
 BF16_FACTOR, BF16_FLOOR = 2.0, 2.0**-8  # one unit of the last place of bf16
 
 Gradients = Mapping[str, torch.Tensor]
@@ -299,7 +299,7 @@ def in_precision(made: TrainingPlan, precision: str) -> TrainingPlan:
 
 
 def bf16_excess(many: Gradients, one: Gradients, exact: Gradients) -> tuple[float, str]:
-    """The rule of parity in bf16: by how much ``many`` ranks break it (0: they hold it), and for which tensor.
+    """The rule of parity in bf16: by how much ``many`` ranks break it (0: not at all), for which tensor.
 
     The error of each tensor to ``exact`` (fp64, the same weights), by the scale of the rule for fp64, is at
     most BF16_FACTOR times the largest of any tensor on ``one`` rank in bf16, plus BF16_FLOOR; that of all

@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
         {"global_batch": 5},
         {"pp": 4, "schedule": "dualpipe-v"},
     ),
+    "dp2 pp2 bf16": ({"family": "llama"}, {"precision": "bf16", "reduce_dtype": "bf16"}, {"dp": 2, "pp": 2}),
     "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
     "dp2 pp2 tp2 interleaved": (
         {"family": "gpt2", "layers": 4, "tied": True},
@@ -106,7 +107,7 @@ CASES: dict[str, Case] = {
 SOCKETS = ("dp2 tp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run once more without shared memory
 
 # Cases whose later steps have their memory measured.
-MEASURED = ("dp2", "pp2", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
+MEASURED = ("dp2", "pp2", "dp2 pp2 bf16", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
 
 
 def made(name: str) -> TrainingPlan:

@@ -122,9 +122,8 @@ def test_adamw_is_torchs(parallel: dict[str, int]) -> None:
 @pytest.mark.parametrize("gradient_dtype", [None, "bf16"])
 def test_adamw_in_bf16_moves_main_weights_in_fp32(gradient_dtype: str | None) -> None:
     """Three steps: main weights are torch's of fp32 weights and gradients, and the weights those, rounded."""
-    work = tiny_workload(
-        precision="bf16", optimizer="adamw", learning_rate=1e-3, gradient_dtype=gradient_dtype
-    )
+    formats = {"precision": "bf16", "gradient_dtype": gradient_dtype}
+    work = tiny_workload(optimizer="adamw", learning_rate=1e-3, **formats)
     made = tiny_plan(tiny_model("llama"), work)
     data = random_samples(made.model.vocab_size, made.workload.seq_len)
 
