@@ -77,7 +77,7 @@ class Side:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return math.prod(self.parallel.get(axis, 1) for axis in ("dp", "pp", "tp"))
+        return math.prod(self.parallel.get(axis, 1) for axis in ("dp", "pp", "cp", "tp"))
 
     @property
     def num_processes(self) -> int:
@@ -86,11 +86,15 @@ class Side:
 
     def __str__(self) -> str:
         engine = _ENGINE_NAMES.get(self.engine, f"Picotron, {self.engine}")
-        degrees = " ".join(f"{axis}{n}" for axis in ("dp", "pp", "tp") if (n := self.parallel.get(axis)))
+        axes = ("dp", "pp", "cp", "tp")
+        degrees = " ".join(f"{axis}{n}" for axis in axes if (n := self.parallel.get(axis)))
         sequence = ", sequence parallel" if self.parallel.get("sequence_parallel") else ""
+        sequence += ", attention by heads" if self.parallel.get("context") == "all_to_all" else ""
         schedule = f" {name}" if (name := self.parallel.get("schedule")) else ""
+        saving = f", recompute {mode}" if (mode := self.parallel.get("recompute")) else ""
+        saving += ", offloading" if self.parallel.get("offload") else ""
         return (
-            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}, "
+            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}{saving}, "
             f"microbatch {self.parallel['micro_batch']}"
         )
 

@@ -56,6 +56,7 @@ def _row(ours: str, parallel: dict[str, Any], peer: str = "torch", peer_micro_ba
 
 CUBE = {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": False}
 WHOLE = {"tp": 2, "micro_batch": 8, "sequence_parallel": False}
+BATCH = {"micro_batch": 8}
 ROWS = {
     "control": _row("torch", {}),
     "single": _row("simulated", {}),
@@ -67,8 +68,16 @@ ROWS = {
     "tp2-simulated": _row("simulated", WHOLE, peer_micro_batch=8),
     "tp2-gloo": _row("gloo", WHOLE, peer_micro_batch=8),
     "tp2-sp-gloo": _row("gloo", {**WHOLE, "sequence_parallel": True}, peer_micro_batch=8),
+    "cp2-gloo": _row("gloo", {"cp": 2, "micro_batch": 8}, peer_micro_batch=8),
+    "cp2-ulysses": _row("gloo", {"cp": 2, "micro_batch": 8, "context": "all_to_all"}, peer_micro_batch=8),
     "dp2-pp2-tp2-simulated": _row("simulated", CUBE),
     "dp2-pp2-tp2-gloo": _row("gloo", CUBE),
+    "selective": _row("simulated", {"recompute": "selective"}, "simulated"),
+    "recomputed": _row("simulated", {"recompute": "full"}, "simulated"),
+    "offloaded": _row("simulated", {"offload": True}, "simulated"),
+    "selective-full": _row("simulated", {**BATCH, "recompute": "selective"}, "simulated", 8),
+    "recomputed-full": _row("simulated", {**BATCH, "recompute": "full"}, "simulated", 8),
+    "offloaded-full": _row("simulated", {**BATCH, "offload": True}, "simulated", 8),
 }
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from picotron.planner.actions import Action, Phase
 from picotron.planner.catalogue import DEFAULT_VIRTUAL_STAGES, SCHEDULES, make_schedule
 from picotron.planner.cluster import ClusterSpec
+from picotron.planner.context import ContextParallel
 from picotron.planner.cost import CollectiveCost, SegmentCost, StageCost
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
@@ -205,13 +206,14 @@ def requests(
     draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] = DENSE
 ) -> tuple[tuple[ModelSpec, ClusterSpec, Workload], dict[str, Any]]:
     """What ``plan`` can be asked for: its arguments, for a small model on up to ``max_ranks`` ranks."""
-    model = draw(models(families))
+    model, few = draw(models(families)), st.integers(1, 3)
     tp = draw(st.sampled_from(divisors(model.num_heads, max_ranks)))
     pp = draw(st.integers(1, min(model.num_layers, max_ranks // tp)))
     dp = draw(st.integers(1, min(3, max_ranks // (tp * pp))))
-    cp = draw(st.integers(1, min(2, max_ranks // (tp * pp * dp))))
+    cp = draw(st.integers(1, min(3, max_ranks // (tp * pp * dp))))
     micro_batch, num_microbatches = draw(st.integers(1, 2)), draw(st.integers(1, 5))
-    seq_len = cp * draw(st.integers(1, 6))
+    context = draw(st.sampled_from([None, *contexts(model, cp, tp)]))
+    seq_len = cp * draw(st.integers(1, 6)) if context == "all_to_all" or cp == 1 else 2 * cp * draw(few)
     can_cut = tp > 1 and micro_batch * seq_len // cp % tp == 0
     ep, etp = draw(_expert_degrees(model, dp * cp * tp))
     schedule, virtual_stages = draw(plannable(pp, num_microbatches, model.num_layers))
@@ -233,9 +235,17 @@ def requests(
         "virtual_stages": draw(st.sampled_from([virtual_stages, *_left_out(schedule, virtual_stages)])),
         "micro_batch": micro_batch,
         "sequence_parallel": draw(st.sampled_from([None, False, True] if can_cut else [None, False])),
+        "context": context,
         "bucket_bytes": draw(st.sampled_from([1, 300, 2000, 2**30])),
     }
     return (model, draw(_clusters(pp * dp * cp * tp)), work), asked
+
+
+def contexts(model: ModelSpec, cp: int, tp: int) -> list[ContextParallel]:
+    """How ``cp`` ranks of ``tp`` each can share sequences of ``model``; a ring first."""
+    heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
+    by_head = cp > 1 and heads % cp == 0 and (kv_heads % cp == 0 or cp % kv_heads == 0)
+    return ["ring", "all_to_all"] if by_head else ["ring"]
 
 
 @st.composite

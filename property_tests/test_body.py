@@ -7,7 +7,15 @@ from collections import Counter
 import attrs
 from hypothesis import given
 
-from picotron.planner.body import COLLECTIVES, Bodies, Operation, Tensor, collective_bytes, segment_memory
+from picotron.planner.body import (
+    COLLECTIVES,
+    WAIT,
+    Bodies,
+    Operation,
+    Tensor,
+    collective_bytes,
+    segment_memory,
+)
 from picotron.planner.flops import matmuls
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.stage import stage_bodies
@@ -131,7 +139,10 @@ def test_a_segments_peak_is_over_all_its_levels(made: TrainingPlan) -> None:
 
 @given(plans(families=EVERY))
 def test_collectives_have_a_group_of_more_than_one(made: TrainingPlan) -> None:
-    """Nobody talks to itself, what is handed over is more than nothing, and computing has no group."""
+    """Nobody talks to itself, what is handed over is more than nothing, and computing has no group.
+
+    Whatever a segment starts it waits for.
+    """
     for bodies in _stages(made):
         for body in attrs.astuple(bodies, recurse=False):
             for segment in body.segments:
@@ -140,7 +151,9 @@ def test_collectives_have_a_group_of_more_than_one(made: TrainingPlan) -> None:
                         assert group_size(made.topology, op.group) > 1
                         assert op.payload_bytes > 0 and op.flops == op.moved_bytes == op.kernels == 0
                     else:
-                        assert (op.group, op.payload_bytes) == ("", 0)
+                        assert (op.group, op.payload_bytes) == ("cp" if op.kind == WAIT else "", 0)
+                starts = sum(op.asynchronous for op in segment.communication)
+                assert starts == sum(op.kind == WAIT for op in segment.communication)
             totals = collective_bytes(body)
             assert sum(totals.values()) == sum(
                 op.payload_bytes for s in body.segments for op in s.operations if op.kind in COLLECTIVES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attrs import evolve
 from hypothesis import given, settings
 
 from property_tests.strategies_runtime import trainings
@@ -42,3 +43,17 @@ def test_many_ranks_are_as_near_as_one_in_bf16(training):
     exact, loss = wide_gradients(single_rank(in_precision(made, "fp64")), data)
     assert bf16_excess(many, one, exact) <= (0.0, "")
     assert abs(many_loss - loss) <= 2 * abs(one_loss - loss) + 2.0**-9 * loss
+
+
+@settings(max_examples=max(5, settings().max_examples // 8))  # each trains twice
+@given(trainings())
+def test_what_is_recomputed_or_copied_has_the_same_bits(training):
+    """Without recomputing and offloading, the same plan has equal losses, norms and gradients."""
+    made = training.plan
+    kept = evolve(made, recompute="none", offload=False)
+    data = random_samples(made.model.vocab_size, made.workload.seq_len, ragged=training.ragged)
+    pair = (train(plan, data, seed=training.seed, steps=1) for plan in (made, kept))
+    for ours, theirs in zip(*pair, strict=True):
+        (own,), (other,) = ours.results, theirs.results
+        assert (own.loss, own.grad_norm) == (other.loss, other.grad_norm)
+        assert all(tensor.equal(theirs.gradients[0][name]) for name, tensor in ours.gradients[0].items())

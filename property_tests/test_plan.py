@@ -52,6 +52,7 @@ def test_what_was_chosen_can_be_asked_for(request: Request) -> None:
         "dp": made.topology.dp,
         "virtual_stages": made.virtual_stages,
         "sequence_parallel": made.sequence_parallel,
+        "context": made.context,
         "stage_layers": made.stage_layers,
     }
     again = plan(*request[0], **spelled)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from picotron.errors import PlanError
 from picotron.planner import lanes
 from picotron.planner.actions import Action, Phase, cells, parse_cell
+from picotron.planner.body import WAIT
 from picotron.planner.clock import Operation, advance
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.faults import Fault, Pause, Slow
@@ -141,10 +142,15 @@ def _add_rank(
         costs = of_kind(own.seconds.stages[row.stage], row.kind)
         segments = list(enumerate(costs)) if row.kind is Kind.FORWARD else _numbered_back(costs)
         for number, segment in segments:
+            under_way: list[Node] = []
             for stretch, collective in zip(segment.compute, (*segment.collectives, None), strict=True):
                 pass_time(stretch * slow)
-                if collective is not None:
-                    pass_time(0.0, post(collective.group, collective.seconds))
+                if collective is None:
+                    continue
+                if collective.kind != WAIT:
+                    under_way.append(post(collective.group, collective.seconds))
+                if not collective.asynchronous and under_way:
+                    pass_time(0.0, under_way.pop(0))
             for other, inside in enumerate(own.rows):
                 if (inside.anchor_row, inside.anchor_segment) == (index, number):
                     pause(other)

@@ -20,8 +20,10 @@ from picotron.cli.common import (
     write_out,
     write_result,
 )
+from picotron.planner.body import TensorOverlap
 from picotron.planner.catalogue import SCHEDULES
 from picotron.planner.cluster import ClusterSpec
+from picotron.planner.context import CONTEXTS
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, schedule_of
 from picotron.planner.plan import plan
@@ -47,6 +49,16 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "sequence_parallel": (
         {"action": argparse.BooleanOptionalAction},
         "cut the tokens between tensor-parallel regions too (default: where it can)",
+    ),
+    "context": (
+        {"choices": CONTEXTS},
+        "how context-parallel ranks share sequences: keys and values go round them, or heads for tokens are "
+        "exchanged (default ring, where it can)",
+    ),
+    "loss_chunks": (_INTEGER, "parts of a microbatch's tokens whose logits are made at a time (default 1)"),
+    "tensor_overlap": (
+        {"choices": get_args(TensorOverlap)},
+        "what computes while a product's input gradient is summed over tp (default none)",
     ),
     "stage_layers": ({"type": integers, "metavar": "LAYERS"}, "layers of each stage, as in 20,20,20,20"),
     "bucket_bytes": (_INTEGER, "bytes of a gradient bucket"),

@@ -28,6 +28,11 @@ def _matrix(name: str, shape: tuple[int, int], role: Role, *, bias_size: int = 0
     return weight, Parameter(name=f"{name}.bias", shape=(bias_size,), role=_BIAS_ROLES[role], init="zeros")
 
 
+def _side_by_side(*projections: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """Projections of one input: first all weights, then all biases, so that each are one piece of memory."""
+    return tuple(each for kind in zip(*projections, strict=True) for each in kind)
+
+
 def _norm(name: str, size: int, role: Role = "norm", *, bias: bool = False) -> tuple[Parameter, ...]:
     weight = Parameter(name=f"{name}.weight", shape=(size,), role=role, init="ones")
     if not bias:
@@ -81,9 +86,11 @@ def _grouped_attention(model: ModelSpec, at: str) -> tuple[Parameter, ...]:
         model.num_kv_heads * model.head_dim,
     )
     query_bias, kv_bias = (query, kv) if model.qkv_bias else (0, 0)
-    found = _matrix(f"{at}.q_proj", (query, hidden), "column", bias_size=query_bias)
-    found += _matrix(f"{at}.k_proj", (kv, hidden), "kv_column", bias_size=kv_bias)
-    found += _matrix(f"{at}.v_proj", (kv, hidden), "kv_column", bias_size=kv_bias)
+    found = _side_by_side(
+        _matrix(f"{at}.q_proj", (query, hidden), "column", bias_size=query_bias),
+        _matrix(f"{at}.k_proj", (kv, hidden), "kv_column", bias_size=kv_bias),
+        _matrix(f"{at}.v_proj", (kv, hidden), "kv_column", bias_size=kv_bias),
+    )
     if model.qk_norm:
         found += _norm(f"{at}.q_norm", model.head_dim, "head_norm")
         found += _norm(f"{at}.k_norm", model.head_dim, "head_norm")
@@ -143,8 +150,10 @@ def _conv_mlp(model: ModelSpec, at: str) -> tuple[Parameter, ...]:
 def _gated_mlp(model: ModelSpec, at: str, inner: int) -> tuple[Parameter, ...]:
     hidden = model.hidden_size
     inner_bias, hidden_bias = (inner, hidden) if model.mlp_bias else (0, 0)
-    found = _matrix(f"{at}.gate_proj", (inner, hidden), "column", bias_size=inner_bias)
-    found += _matrix(f"{at}.up_proj", (inner, hidden), "column", bias_size=inner_bias)
+    found = _side_by_side(
+        _matrix(f"{at}.gate_proj", (inner, hidden), "column", bias_size=inner_bias),
+        _matrix(f"{at}.up_proj", (inner, hidden), "column", bias_size=inner_bias),
+    )
     return found + _matrix(f"{at}.down_proj", (hidden, inner), "row", bias_size=hidden_bias)
 
 

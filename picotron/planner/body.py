@@ -19,10 +19,14 @@ import numpy as np
 from attrs import field, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.context import ContextParallel
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
 from picotron.planner.topology import Topology
 
+TensorOverlap = Literal[
+    "none", "weight_gradient"
+]  # what computes while an input's gradient is summed over tp
 Category = Literal[
     "parameters", "gradients", "optimizer", "constants", "data", "activations", "workspace", "buffers"
 ]
@@ -37,6 +41,7 @@ CATEGORIES: tuple[Category, ...] = (
     "buffers",
 )
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "exchange")
+WAIT = "wait"  # the kind of an operation at whose place an earlier asynchronous collective must have ended
 INDEX_BYTES = 8  # token ids and labels are int64
 
 
@@ -54,14 +59,16 @@ class Operation:
     """One step of a segment.
 
     ``creates`` are live while it runs; ``frees`` die when it has. ``payload_bytes`` of a collective is what
-    one rank hands over: the tensor (all_reduce), the whole output (all_gather) or the whole input.
+    one rank hands over: the tensor (all_reduce), the whole output (all_gather) or the whole input. One that
+    is ``asynchronous`` moves while the rank goes on; the first WAIT that no earlier one has met is its end.
     A step of the weight gradients names what it ``reads``; every other step names nothing.
     ``shape`` of a matmul is (m, n, k, batch): ``batch`` times [m, k] @ [k, n]; of attention it is that of the
     scores, [queries, head_dim] @ [head_dim, keys] for each head. Empty where nothing is said.
+    ``core``: whether selective recompute runs it again.
     """
 
     name: str
-    kind: str  # "matmul" | "attention" | "kernel" | one of COLLECTIVES
+    kind: str  # "matmul" | "attention" | "kernel" | "wait" | one of COLLECTIVES
     flops: int = 0
     moved_bytes: int = 0
     kernels: int = 1
@@ -71,6 +78,8 @@ class Operation:
     frees: tuple[Tensor, ...] = ()
     reads: tuple[Tensor, ...] = ()
     shape: tuple[int, ...] = ()
+    asynchronous: bool = False
+    core: bool = False
 
     @property
     def for_weights(self) -> bool:
@@ -85,10 +94,16 @@ class SegmentBody:
     name: str
     operations: tuple[Operation, ...]
     collectives: tuple[Operation, ...] = field(init=False, repr=False, eq=False)
+    communication: tuple[Operation, ...] = field(init=False, repr=False, eq=False)
+    """Collectives, and where asynchronous ones are waited for."""
 
     @collectives.default
     def _collectives(self) -> tuple[Operation, ...]:
         return tuple(operation for operation in self.operations if operation.kind in COLLECTIVES)
+
+    @communication.default
+    def _communication(self) -> tuple[Operation, ...]:
+        return tuple(step for step in self.operations if step.kind in COLLECTIVES or step.kind == WAIT)
 
 
 @frozen(kw_only=True)
@@ -122,6 +137,7 @@ class Dims:
     batch: int
     seq_len: int  # tokens of one sequence on this rank
     context: int  # ranks that share a sequence
+    context_parallel: ContextParallel  # how
     hidden: int
     heads: int
     kv_heads: int
@@ -133,6 +149,8 @@ class Dims:
     itemsize: int
     gradient_itemsize: int = 0  # of weight gradients; 0: as ``itemsize``
     adds_products: bool = False  # weight products are made in the compute format, then added to the gradient
+    loss_chunks: int = 1  # in which the loss takes the tokens
+    tensor_overlap: TensorOverlap = "none"
 
     @property
     def tokens(self) -> int:
@@ -176,6 +194,9 @@ def dims(
     gradient_itemsize: int = 0,
     adds_products: bool = False,
     tp_index: int = 0,
+    context: ContextParallel = "ring",
+    loss_chunks: int = 1,
+    tensor_overlap: TensorOverlap = "none",
 ) -> Dims:
     """The local sizes at ``tp_index``. Raises PlanError where tokens cannot be cut evenly."""
     tp, cp = topology.tp, topology.cp
@@ -192,6 +213,7 @@ def dims(
         batch=micro_batch,
         seq_len=seq_len // cp,
         context=cp,
+        context_parallel=context,
         hidden=model.hidden_size,
         heads=model.num_heads // tp,
         kv_heads=max(1, model.num_kv_heads // tp),
@@ -203,6 +225,8 @@ def dims(
         itemsize=itemsize,
         gradient_itemsize=gradient_itemsize,
         adds_products=adds_products,
+        loss_chunks=loss_chunks,
+        tensor_overlap=tensor_overlap,
     )
 
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from picotron.planner.body import COLLECTIVES as BODY_COLLECTIVES
-from picotron.planner.body import Bodies, Body, Operation, SegmentBody
+from picotron.planner.body import WAIT, Bodies, Body, Operation, SegmentBody
 from picotron.planner.classes import axis_indices
 from picotron.planner.cost import (
     SegmentCost,
@@ -149,7 +149,7 @@ def _priced(plan: TrainingPlan, body: Body, costs: Sequence[SegmentCost], unit: 
     for place in unit:
         found["launch"] += segment_overhead_seconds(plan)
         for operation in body.segments[place].operations:
-            if operation.kind not in BODY_COLLECTIVES:
+            if operation.kind not in BODY_COLLECTIVES and operation.kind != WAIT:
                 launching = launch_seconds(plan, operation)
                 found["launch"] += launching
                 found[_cause(operation)] += compute_seconds(plan, operation) - launching
@@ -159,8 +159,7 @@ def _priced(plan: TrainingPlan, body: Body, costs: Sequence[SegmentCost], unit: 
 
 
 def _collectives(segment: SegmentBody, cost: SegmentCost) -> list[tuple[Operation, float]]:
-    seconds = (collective.seconds for collective in cost.collectives)
-    return list(zip(segment.collectives, seconds, strict=True))
+    return list(zip(segment.communication, cost.exposed, strict=True))
 
 
 def _cause(operation: Operation) -> str:

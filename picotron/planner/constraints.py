@@ -214,9 +214,9 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         name="context",
         choices=("cp",),
-        allows=lambda known, rows: _divides(known.seq_len, rows["cp"]),
-        sentence="cp must divide seq_len {seq_len}, got cp={cp}",
-        remedy="take a divisor of {seq_len}",
+        allows=lambda known, rows: _divides(known.seq_len, np.where(rows["cp"] > 1, 2 * rows["cp"], 1)),
+        sentence="2 * cp must divide seq_len {seq_len}, got cp={cp}",
+        remedy="take half a divisor of {seq_len}: a ring's ranks have an early and a late chunk each",
     ),
     Constraint(
         name="layers",

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from picotron.planner.body import COLLECTIVES, Body, Operation, SegmentBody
+from picotron.planner.body import COLLECTIVES, WAIT, Body, Operation, SegmentBody
 from picotron.planner.cluster import (
     ClusterSpec,
     LinkSpec,
@@ -37,8 +37,8 @@ from picotron.planner.workload import MOMENTS
 
 
 def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
-    """Seconds of an operation that computes; 0 for a collective."""
-    if operation.kind in COLLECTIVES:
+    """Seconds of an operation that computes; 0 for a collective, and for waiting for one."""
+    if operation.kind in COLLECTIVES or operation.kind == WAIT:
         return 0.0
     reached = plan.cluster.efficiency
     rated = _roofline_seconds if reached.measured is None else _measured_seconds
@@ -48,7 +48,7 @@ def compute_seconds(plan: TrainingPlan, operation: Operation) -> float:
 def launch_seconds(plan: TrainingPlan, operation: Operation) -> float:
     """The part of ``compute_seconds`` that goes into launching kernels."""
     reached = plan.cluster.efficiency
-    if operation.kind in COLLECTIVES:
+    if operation.kind in COLLECTIVES or operation.kind == WAIT:
         return 0.0
     return operation.kernels * reached.kernel_seconds * reached.compute_scale
 
@@ -92,16 +92,16 @@ def product_role(operation: Operation) -> str:
 def group_seconds(plan: TrainingPlan, kind: str, group: str, payload_bytes: int) -> float:
     """Seconds of a collective over one group of ``group``, on the slowest of those groups.
 
-    A ring uses every adapter of a node at once; in an all-to-all or an exchange between ring neighbours each
-    byte takes its own device's adapter, so the slowest hop sets the pace. Over nodes an all-reduce takes a
-    double tree where that is quicker.
+    A ring uses every adapter of a node at once; in an all-to-all or an exchange (a message from each rank to
+    its neighbour) each byte takes its own device's adapter, so the slowest hop sets the pace. Over nodes an
+    all-reduce takes a double tree where that is quicker.
     """
     direct = kind in ("exchange", "all_to_all")
     members = groups(plan.topology, group)
     link = _slowest_link(plan, members, link_between if direct else group_link)
     size = group_size(plan.topology, group)
-    if kind == "exchange" and size > 1:  # a ring all-gather's steps: each rank passes on size - 1 parts
-        return _scaled(plan, collective_seconds("all_gather", payload_bytes * size // (size - 1), size, link))
+    if kind == "exchange":
+        return _scaled(plan, collective_seconds("send", payload_bytes, size, link))
     seconds = collective_seconds(kind, payload_bytes, size, link)
     if kind == "all_reduce":
         seconds = min(seconds, _tree_seconds(plan.cluster, members[0], payload_bytes, link))
@@ -167,13 +167,20 @@ def stage_costs(plan: TrainingPlan, tp_index: int = 0) -> tuple[StageCost, ...]:
 
 def _prices(plan: TrainingPlan) -> Callable[[Operation], CollectiveCost]:
     """What a collective of a body costs; each kind, group and payload is priced once."""
-    seen: dict[tuple[str, str, int], CollectiveCost] = {}
+    seen: dict[tuple[str, str, int, bool], CollectiveCost] = {}
 
     def price(operation: Operation) -> CollectiveCost:
-        kind, group, size = key = operation.kind, operation.group, operation.payload_bytes
+        kind, group, size = operation.kind, operation.group, operation.payload_bytes
+        key = kind, group, size, operation.asynchronous
         if key not in seen:
-            seconds = group_seconds(plan, kind, group, size)
-            seen[key] = CollectiveCost(kind=kind, group=group, payload_bytes=size, seconds=seconds)
+            seconds = 0.0 if kind == WAIT else group_seconds(plan, kind, group, size)
+            seen[key] = CollectiveCost(
+                kind=kind,
+                group=group,
+                payload_bytes=size,
+                seconds=seconds,
+                asynchronous=operation.asynchronous,
+            )
         return seen[key]
 
     return price
@@ -191,11 +198,11 @@ def _stage_cost(
     def segment_cost(segment: SegmentBody) -> SegmentCost:
         compute = [overhead]
         for operation in segment.operations:
-            if operation.kind in COLLECTIVES:
+            if operation.kind in COLLECTIVES or operation.kind == WAIT:
                 compute.append(0.0)
             else:
                 compute[-1] += compute_seconds(plan, operation)
-        return SegmentCost(compute=compute, collectives=map(price, segment.collectives))
+        return SegmentCost(compute=compute, collectives=map(price, segment.communication))
 
     def costs(body: Body) -> tuple[SegmentCost, ...]:
         return tuple(map(segment_cost, body.segments))

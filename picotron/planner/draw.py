@@ -332,7 +332,9 @@ def _headline(plan: TrainingPlan) -> list[str]:
     work, topology, cluster = plan.workload, plan.topology, plan.cluster
     degrees = [f"{axis}={getattr(topology, axis)}" for axis in ("pp", "dp", "cp", "tp")]
     degrees += [f"{axis}={getattr(topology, axis)}" for axis in ("ep", "etp") if getattr(topology, axis) > 1]
+    ways = {"ring": "ring attention", "all_to_all": "all-to-all attention"}
     parallel = " ".join(degrees) + (", sequence parallel" if plan.sequence_parallel else "")
+    parallel += f", {ways[plan.context]}" if topology.cp > 1 else ""
     tokens = work.global_batch * work.seq_len
     return [
         f"{plan.model.name} on {cluster.num_devices} x {cluster.device.name} ({cluster.name}): {parallel}",

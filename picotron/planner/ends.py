@@ -2,6 +2,10 @@
 
 They mirror the runtime's segments step by step. Under tensor parallelism each rank has a slice of the
 vocabulary: the loss meets twice, for the highest logit and for the sums.
+
+A loss in chunks of tokens never has all logits: each chunk's are made, become their gradient and are
+multiplied at once, into the gradients of the normed input (which is all that stays) and of the table. So a
+head's products for its weight stand in F, and its B, or I, has the norm alone.
 """
 
 from __future__ import annotations
@@ -9,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from picotron.planner.body import INDEX_BYTES, Tensor
+from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
+from picotron.planner.products import input_backward
 from picotron.planner.topology import Topology
 
 
@@ -26,7 +32,7 @@ def embedding_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     if d.tp == 1:
         ops.kernel("lookup", d.tokens * d.hidden, creates=[full])
     else:
-        masks = _vocabulary_masks(ops)
+        masks = _vocabulary_masks(ops, d.tokens)
         ops.kernel("lookup", d.tokens * d.hidden, passes=4, kernels=2, creates=[full], frees=masks)
     ops.reduced("reduce embedding", full, y)
     if model.rope_theta is None:
@@ -36,17 +42,16 @@ def embedding_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
         )
 
 
-def _vocabulary_masks(ops: Operations, reads: Iterable[Tensor] = ()) -> list[Tensor]:
-    """Which tokens fall into this rank's slice of the vocabulary."""
-    d = ops.d
+def _vocabulary_masks(ops: Operations, tokens: int, reads: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Which of ``tokens`` fall into this rank's slice of the vocabulary."""
     local, outside = (
-        ops.tensor("local_ids", d.tokens, itemsize=INDEX_BYTES),
-        ops.tensor("outside", d.tokens, itemsize=1),
+        ops.tensor("local_ids", tokens, itemsize=INDEX_BYTES),
+        ops.tensor("outside", tokens, itemsize=1),
     )
-    below = ops.tensor("below", d.tokens, itemsize=1)
+    below = ops.tensor("below", tokens, itemsize=1)
     ops.kernel(
         "vocabulary slice",
-        d.tokens,
+        tokens,
         passes=4,
         kernels=5,
         creates=[local, outside, below],
@@ -66,7 +71,7 @@ def embedding_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
             "position gradient", d.local_tokens * d.hidden, passes=3, creates=wide, frees=wide, reads=reads
         )
     full = ops.gathered("gather gradient", incoming, keep=True, for_weights=True)
-    masks = _vocabulary_masks(ops, reads=[ids]) if d.tp > 1 else []
+    masks = _vocabulary_masks(ops, d.tokens, reads=[ids]) if d.tp > 1 else []
     held = [*dict.fromkeys((full, incoming)), *masks, ids]
     wide = _wide(ops, "wide gradient", d.tokens)
     ops.kernel(
@@ -86,69 +91,98 @@ def head_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     labels = ops.tensor("labels", d.tokens, "data", INDEX_BYTES)
     ops.kernel("load labels", d.tokens, creates=[labels])
     source = ops.gathered("gather head input", ops.norm(model))
-    logits = ops.saved("logits", d.tokens * d.vocab)
-    ops.matmul("head", d.tokens, d.hidden, d.vocab, creates=[logits], frees=[source])
+    if d.loss_chunks == 1:
+        _logit_gradient(ops, d.tokens, ops.saved("logits", d.tokens * d.vocab), [source])
+        ops.kernel("free", 0, kernels=0, frees=[labels])
+        return
+    full = ops.dnormed() if d.sequence_parallel else _saved_gradient(ops)
+    ops.kernel("room for gradients", 0, kernels=0, creates=[full])
+    for first, stop in even_ranges(d.tokens, d.loss_chunks):
+        tokens = stop - first
+        logits = ops.tensor("logits", tokens * d.vocab)
+        _logit_gradient(ops, tokens, logits)
+        ops.matmul("head weight", d.vocab, tokens, d.hidden, adds=True)
+        ops.matmul("head input", tokens, d.vocab, d.hidden, frees=[logits])
+    ops.kernel("free", 0, kernels=0, frees=[source])
+    ops.reduced("reduce gradient", full, _saved_gradient(ops))
+    ops.kernel("free", 0, kernels=0, frees=[labels])
+
+
+def _saved_gradient(ops: Operations) -> Tensor:
+    """What a head whose loss comes in chunks leaves: the gradient of the normed input."""
+    return ops.saved("head gradient", ops.d.local_tokens * ops.d.hidden)
+
+
+def _logit_gradient(ops: Operations, tokens: int, logits: Tensor, frees: Iterable[Tensor] = ()) -> None:
+    """Logits of ``tokens``, then their gradient in ``logits``; ``frees`` die with the product."""
+    d = ops.d
+    ops.matmul("head", tokens, d.hidden, d.vocab, creates=[logits], frees=frees)
     work = logits
     if d.statistics_itemsize != d.itemsize:
-        work = ops.tensor("logits32", d.tokens * d.vocab, itemsize=d.statistics_itemsize)
-        ops.kernel("to fp32", d.tokens * d.vocab, passes=3, creates=[work], frees=[logits])
-    _loss(ops, labels)
+        work = ops.tensor("logits32", tokens * d.vocab, itemsize=d.statistics_itemsize)
+        ops.kernel("to fp32", tokens * d.vocab, passes=3, creates=[work], frees=[logits])
+    _loss(ops, tokens)
     if work is not logits:
-        ops.kernel("from fp32", d.tokens * d.vocab, passes=3, creates=[logits], frees=[work])
+        ops.kernel("from fp32", tokens * d.vocab, passes=3, creates=[logits], frees=[work])
 
 
-def _vector(ops: Operations, name: str, times: int = 1) -> Tensor:
-    """A number of each token, in the precision of statistics."""
-    return ops.tensor(name, times * ops.d.tokens, itemsize=ops.d.statistics_itemsize)
+def _vector(ops: Operations, name: str, elements: int) -> Tensor:
+    """Numbers of tokens, in the precision of statistics."""
+    return ops.tensor(name, elements, itemsize=ops.d.statistics_itemsize)
 
 
-def _loss(ops: Operations, labels: Tensor) -> None:
-    """From logits to their gradient, in their place."""
+def _loss(ops: Operations, tokens: int) -> None:
+    """From logits of ``tokens`` to their gradient, in their place."""
     d = ops.d
-    target_and_total, masks = _softmax_sums(ops)
-    valid, loss = ops.tensor("valid", d.tokens, itemsize=1), _vector(ops, "loss")
+    target_and_total, masks = _softmax_sums(ops, tokens)
+    valid, loss = ops.tensor("valid", tokens, itemsize=1), _vector(ops, "loss", tokens)
     scalar = ops.tensor("loss_sum", 1, itemsize=8)
-    ops.kernel(
-        "token loss", d.tokens, passes=6, kernels=5, creates=[valid, loss, scalar], frees=[loss, scalar]
-    )
-    minus = _vector(ops, "minus_one")
+    ops.kernel("token loss", tokens, passes=6, kernels=5, creates=[valid, loss, scalar], frees=[loss, scalar])
+    minus = _vector(ops, "minus_one", tokens)
     spent = [minus, *target_and_total, *masks]
-    ops.kernel("softmax", d.tokens * d.vocab, passes=2, creates=[minus], frees=spent)
-    weight = _vector(ops, "weight")
-    spent = [weight, valid, labels]
-    ops.kernel("logit gradient", d.tokens * d.vocab, passes=2, kernels=3, creates=[weight], frees=spent)
+    ops.kernel("softmax", tokens * d.vocab, passes=2, creates=[minus], frees=spent)
+    weight = _vector(ops, "weight", tokens)
+    ops.kernel(
+        "logit gradient", tokens * d.vocab, passes=2, kernels=3, creates=[weight], frees=[weight, valid]
+    )
 
 
-def _softmax_sums(ops: Operations) -> tuple[list[Tensor], list[Tensor]]:
+def _softmax_sums(ops: Operations, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
     """Each token's own logit and sum of exponentials over the whole vocabulary; and what labels became."""
     d = ops.d
-    top, target, total = _vector(ops, "top"), _vector(ops, "target"), _vector(ops, "total")
-    ops.kernel("row maximum", d.tokens * d.vocab, passes=1, creates=[top])
+    top, target, total = (_vector(ops, name, tokens) for name in ("top", "target", "total"))
+    ops.kernel("row maximum", tokens * d.vocab, passes=1, creates=[top])
     if d.tp > 1:
         ops.collective("all_reduce", "maximum over vocabulary", top.bytes)
-    ops.kernel("shift", d.tokens * d.vocab, frees=[top])
+    ops.kernel("shift", tokens * d.vocab, frees=[top])
     if d.tp > 1:
-        masks = _vocabulary_masks(ops)
+        masks = _vocabulary_masks(ops, tokens)
     else:
-        masks = [ops.tensor("safe_labels", d.tokens, itemsize=INDEX_BYTES)]
-        ops.kernel("labels", d.tokens, creates=masks)
-    ops.kernel("target logit", d.tokens, creates=[target])
-    ops.kernel("exponentials", d.tokens * d.vocab, passes=3, kernels=2, creates=[total])
+        masks = [ops.tensor("safe_labels", tokens, itemsize=INDEX_BYTES)]
+        ops.kernel("labels", tokens, creates=masks)
+    ops.kernel("target logit", tokens, creates=[target])
+    ops.kernel("exponentials", tokens * d.vocab, passes=3, kernels=2, creates=[total])
     if d.tp == 1:
         return [target, total], masks
-    stacked = _vector(ops, "target and total", 2)
-    ops.kernel("stack", 2 * d.tokens, creates=[stacked], frees=[target, total])
+    stacked = _vector(ops, "target and total", 2 * tokens)
+    ops.kernel("stack", 2 * tokens, creates=[stacked], frees=[target, total])
     ops.collective("all_reduce", "sum over vocabulary", stacked.bytes)
     return [stacked], masks
 
 
 def head_backward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
-    """Head, backward."""
+    """Head, backward; of a loss in chunks the norm's alone."""
     d = ops.d
     ops.is_last = True
+    if d.loss_chunks > 1:
+        ops.local_norm_backward(model, _saved_gradient(ops))
+        return
     logits = ops.saved("logits", d.tokens * d.vocab)
-    source = ops.gathered("gather head input", ops.norm_again(model), for_weights=True)
-    ops.matmul("head weight", d.vocab, d.tokens, d.hidden, frees=[source], reads=[logits, source])
-    full = ops.dnormed(model)
-    ops.matmul("head input", d.tokens, d.vocab, d.hidden, creates=[full], frees=[logits])
-    ops.norm_backward(model, full)
+
+    def weights(source: Tensor) -> None:
+        ops.matmul("head weight", d.vocab, d.tokens, d.hidden, reads=[logits, source])
+
+    def inputs(full: Tensor) -> None:
+        ops.matmul("head input", d.tokens, d.vocab, d.hidden, creates=[full])
+
+    input_backward(ops, model, "head", [logits], weights, inputs)

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 from attrs import define, field, frozen
 
 from picotron.errors import PlanError
+from picotron.planner.body import WAIT
 from picotron.planner.clock import Operation, Span, advance
 from picotron.planner.cost import SegmentCost, StageCost, of_kind
 from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored
@@ -204,11 +205,11 @@ class _Run:
         return meeting
 
     def compute(self, lane: int, index: int, row: Row) -> _Walk:
-        """A body: in a few chains, or one operation after the other where sums may move beside it."""
-        if index >= self.first_sums[lane]:
+        """A body: in a few chains, or one operation after the other where something may move beside it."""
+        body = self.bodies.get((lane, row.stage, row.kind))
+        if body is None or index >= self.first_sums[lane]:
             yield from self.compute_by_segment(lane, index, row)
             return
-        body = self.bodies[lane, row.stage, row.kind]
         for leg in body.legs:
             self.free[lane] = chain(self.free[lane], leg.before)
             yield from self.wait(lane, self.post(lane, leg.stream, leg.first, leg.then))
@@ -218,15 +219,28 @@ class _Run:
         own = self.lanes[lane]
         segments = _segments(own, row.stage, row.kind)
         for position, segment in enumerate(segments):
-            for seconds, stream in _parts(own, segment):
-                if stream is None:
-                    self.spend(lane, seconds)
-                else:
-                    yield from self.wait(lane, self.post(lane, stream, seconds))
+            yield from self.compute_segment(lane, segment)
             number = position if row.kind is Kind.FORWARD else len(segments) - 1 - position
             for posted in self.anchored[lane].get((index, number), ()):
                 self.pause(lane, posted)
                 self.post_row(lane, posted)
+
+    def compute_segment(self, lane: int, segment: SegmentCost) -> _Walk:
+        own, under_way = self.lanes[lane], deque[_Meeting]()
+        for stretch, collective in zip_longest(segment.compute, segment.collectives):
+            self.spend(lane, stretch * own.factor)
+            if collective is None:
+                continue
+            if collective.kind == WAIT:
+                if under_way:
+                    yield from self.wait(lane, under_way.popleft())
+                continue
+            stream = own.communicators[collective.group]
+            meeting = self.post(lane, stream, collective.seconds * stream.factor)
+            if collective.asynchronous:
+                under_way.append(meeting)
+            else:
+                yield from self.wait(lane, meeting)
 
 
 def _span(found: Span | _Meeting | None) -> Span:
@@ -255,7 +269,7 @@ def _parts(own: Lane, segment: SegmentCost) -> Iterator[_Part]:
     """Seconds of a segment in order, and the communicator of those that are a collective."""
     for stretch, collective in zip_longest(segment.compute, segment.collectives):
         yield stretch * own.factor, None
-        if collective is not None:
+        if collective is not None and collective.kind != WAIT:
             stream = own.communicators[collective.group]
             yield collective.seconds * stream.factor, stream
 
@@ -271,7 +285,7 @@ def _first_sum(own: Lane) -> int:
 
 
 def _bodies(lanes: Sequence[Lane]) -> dict[_Place, _Body]:
-    """The chains of every body."""
+    """The chains of every body in which nothing moves while the lane computes."""
     parts = {
         (lane, stage, kind): [
             part for segment in _segments(own, stage, kind) for part in _parts(own, segment)
@@ -279,6 +293,11 @@ def _bodies(lanes: Sequence[Lane]) -> dict[_Place, _Body]:
         for lane, own in enumerate(lanes)
         for stage in own.stages
         for kind in COMPUTE
+        if not any(
+            collective.asynchronous
+            for segment in _segments(own, stage, kind)
+            for collective in segment.collectives
+        )
     }
     joint = {place: _joint(own) for place, own in parts.items()}
     return {place: _body(place, parts, joint) for place in parts}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from picotron.planner.body import Category, Dims, Operation, Tensor
+from attrs import evolve
+
+from picotron.planner.body import WAIT, Category, Dims, Operation, Tensor
 from picotron.planner.model import ModelSpec
 
 
@@ -42,9 +44,10 @@ class Operations:
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
         reads: Iterable[Tensor] = (),
+        adds: bool = False,
     ) -> None:
-        """[m, k] @ [k, n], ``batch`` times."""
-        if reads and self.d.adds_products:
+        """[m, k] @ [k, n], ``batch`` times; ``adds``: to a weight's gradient, as one that ``reads`` does."""
+        if (reads or adds) and self.d.adds_products:
             product = self.tensor(f"{name} product", m * n)
             creates, frees, after = [*creates, product], (), [product, *frees]
         else:
@@ -62,7 +65,7 @@ class Operations:
             )
         )
         if product is not None:
-            self.kernel(f"{name} added", m * n, passes=5, frees=after, reads=[product])
+            self.kernel(f"{name} added", m * n, passes=5, frees=after, reads=[product] if reads else [])
 
     def kernel(
         self,
@@ -113,6 +116,23 @@ class Operations:
             )
         )
 
+    def exchange(
+        self, name: str, payload_bytes: int, *, creates: Iterable[Tensor], frees: Iterable[Tensor] = ()
+    ) -> None:
+        """A message to the next context-parallel rank and one from the rank before, under way until ``wait``.
+
+        With ``frees``, which die with it, it is waited for at once.
+        """
+        died = tuple(frees)
+        self.collective("exchange", name, payload_bytes, group="cp", creates=creates, frees=died)
+        self.operations[-1] = evolve(self.operations[-1], asynchronous=not died)
+
+    def wait(self, name: str, *, group: str = "cp", frees: Iterable[Tensor] = ()) -> None:
+        """The end of what is under way over ``group``."""
+        self.operations.append(
+            Operation(name=f"wait for {name}", kind=WAIT, kernels=0, group=group, frees=tuple(frees))
+        )
+
     def gathered(self, name: str, local: Tensor, *, keep: bool = False, for_weights: bool = False) -> Tensor:
         """All tokens of ``local``: gathered under sequence parallelism, else ``local`` itself."""
         if not self.d.sequence_parallel:
@@ -128,6 +148,14 @@ class Operations:
             self.collective("reduce_scatter", name, full.bytes, creates=[local], frees=[full])
         elif self.d.tp > 1:
             self.collective("all_reduce", name, full.bytes)
+
+    def start_reduced(self, name: str, full: Tensor, local: Tensor) -> None:
+        """As ``reduced`` over more than one rank, under way until ``wait``, which frees ``full``."""
+        if self.d.sequence_parallel:
+            self.collective("reduce_scatter", name, full.bytes, creates=[local])
+        else:
+            self.collective("all_reduce", name, full.bytes)
+        self.operations[-1] = evolve(self.operations[-1], asynchronous=True)
 
     def partial_sum(self, local: Tensor) -> Tensor:
         """Where a row-parallel product lands before it is reduced into ``local``."""
@@ -180,36 +208,41 @@ class Operations:
         return normed
 
     def norm_backward(self, model: ModelSpec, full: Tensor) -> None:
-        """From the gradient of the normed input (``full``) to ``i.g``, in place for RMS norms."""
+        """From the gradient of the normed input (``full``), before it is summed, to ``i.g``."""
+        part = self.dnormed_local(full)
+        self.reduced("reduce gradient", full, part)
+        self.local_norm_backward(model, part)
+
+    def dnormed_local(self, full: Tensor) -> Tensor:
+        """Where the gradient of the normed input, ``full``, is once it is summed."""
+        d = self.d
+        return self.tensor("dnormed_local", d.local_tokens * d.hidden) if d.sequence_parallel else full
+
+    def local_norm_backward(self, model: ModelSpec, part: Tensor) -> None:
+        """From ``part``, this rank's gradient of the normed input, to ``i.g``."""
         d, x, incoming = self.d, self.x(), self.g(1)
         size = d.local_tokens * d.hidden
-        after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
         if model.norm == "rms":
-            self.reduced("reduce gradient", full, self.g())
-            self.rms_backward("norm backward", d.local_tokens, d.hidden)
+            self.rms_backward("norm backward", d.local_tokens, d.hidden, creates=self.g(), frees=part)
         else:
-            part = self.tensor("dnormed_local", size) if d.sequence_parallel else full
-            self.reduced("reduce gradient", full, part)
             small = [self._statistic("dscale", d.hidden), self._statistic("dshift", d.hidden)]
             small += self._wide_affine(model, "backward")
             self.kernel("norm backward", size, passes=5, creates=[self.g(), *small], frees=[part, *small])
+        after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
         self.kernel("residual gradient", size, passes=0 if self.is_last else 3, frees=after)
 
     is_last = False  # the head: nothing comes back into it and it adds no residual
 
-    def dnormed(self, model: ModelSpec) -> Tensor:
+    def dnormed(self) -> Tensor:
         """Where the gradient of the normed input lands before it is reduced."""
-        in_place = model.norm == "rms" and not self.d.sequence_parallel
-        return self.g() if in_place else self.tensor("dnormed", self.d.tokens * self.d.hidden)
+        return self.tensor("dnormed", self.d.tokens * self.d.hidden)
 
-    def rms_backward(self, name: str, rows: int, width: int) -> None:
-        """Backward of an RMS norm over ``width``, in the memory of its output's gradient."""
-        unit, product = (
-            self.tensor(f"{name} unit", rows * width),
-            self.tensor(f"{name} product", rows * width),
-        )
-        small, dot = self._statistic(f"{name} scale", width), self.tensor(f"{name} dot", rows)
-        self.kernel(name, rows * width, passes=3, creates=[unit])
-        self.kernel(name, rows * width, passes=4, kernels=2, creates=[product, small], frees=[small])
-        self.kernel(name, rows * width, passes=2, creates=[dot], frees=[product])
-        self.kernel(name, rows * width, passes=7, kernels=3, frees=[unit, dot])
+    def rms_backward(self, name: str, rows: int, width: int, *, creates: Tensor, frees: Tensor) -> None:
+        """Backward of an RMS norm over ``width``: layer norm's with a mean of 0, and what that takes off."""
+        zero, scale = self._statistic(f"{name} zero", rows), self._statistic(f"{name} scale", width)
+        spent = [zero, scale]
+        if self.d.statistics_itemsize != self.d.itemsize:
+            spent.append(self._statistic(f"{name} weight", width))
+        self.kernel(name, rows * width, passes=5, kernels=3, creates=[creates, *spent], frees=spent)
+        mean = self.tensor(f"{name} mean", rows)
+        self.kernel(name, rows * width, passes=4, kernels=3, creates=[mean], frees=[mean, frees])

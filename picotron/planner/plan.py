@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from picotron.errors import PlanError
+from picotron.planner.body import TensorOverlap
 from picotron.planner.catalogue import known, make_schedule
 from picotron.planner.cluster import ClusterSpec
+from picotron.planner.context import ContextParallel, chosen_context
 from picotron.planner.data import DEFAULT_BUCKET_BYTES
 from picotron.planner.flops import matmuls
 from picotron.planner.model import ModelSpec, Segment, segments
@@ -50,6 +52,9 @@ def plan(
     virtual_stages: int | None = None,
     micro_batch: int = 1,
     sequence_parallel: bool | None = None,
+    context: ContextParallel | None = None,
+    loss_chunks: int = 1,
+    tensor_overlap: TensorOverlap = "none",
     stage_layers: tuple[int, ...] | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     zero_stage: int = 0,
@@ -61,8 +66,8 @@ def plan(
 
     Left out, ``dp`` takes the devices that the other degrees leave, ``virtual_stages`` (stages of a pipeline
     rank) is what the schedule has by itself, ``sequence_parallel`` is on when tp > 1 and the tokens can be
-    cut, and layers are split so that the dearest stage costs least. Raises PlanError for a request that
-    cannot be met.
+    cut, ``context`` is a ring unless only an all-to-all can cut what there is, and layers are split so that
+    the dearest stage costs least. Raises PlanError for a request that cannot be met.
     """
     check_kind("model", model, ModelSpec, "use ModelSpec.from_hf(...)")
     check_kind("cluster", cluster, ClusterSpec, "use ClusterSpec.preset(...) or ClusterSpec.parse(...)")
@@ -79,6 +84,7 @@ def plan(
         if sequence_parallel is not None
         else _sequence_parallel(topology, micro_batch * work.seq_len)
     )
+    context, why_context = (context, ()) if context is not None else _context(model, topology, work.seq_len)
     check_stages(model, pp, virtual_stages)
     stage_layers, why_layers = (
         (stage_layers, ()) if stage_layers is not None else _even(model, work, made, micro_batch)
@@ -94,13 +100,16 @@ def plan(
         virtual_stages=virtual_stages,
         micro_batch=micro_batch,
         sequence_parallel=sequence_parallel,
+        context=context,
+        loss_chunks=loss_chunks,
+        tensor_overlap=tensor_overlap,
         stage_layers=stage_layers,
         bucket_bytes=bucket_bytes,
         zero_stage=zero_stage,
         shard=shard,
         recompute=modes_by_layer(recompute, model.num_layers),
         offload=flags_by_layer(offload, model.num_layers),
-        chosen=(*why_dp, *why_virtual, *why_sequence, *why_layers),
+        chosen=(*why_dp, *why_virtual, *why_sequence, *why_context, *why_layers),
     )
 
 
@@ -124,6 +133,13 @@ def _sequence_parallel(topology: Topology, tokens: int) -> tuple[bool, _Why]:
     tp = topology.tp
     on = tp > 1 and tokens // topology.cp % tp == 0
     return on, (f"sequence_parallel={on}: on when tp > 1 and tp divides the tokens",) if tp > 1 else ()
+
+
+def _context(model: ModelSpec, topology: Topology, seq_len: int) -> tuple[ContextParallel, _Why]:
+    """context: a ring where 2 * cp divides the sequence."""
+    context = chosen_context(model, topology, seq_len)
+    text = f"context={context}: ring, but where cp alone divides seq_len and cuts the heads all_to_all"
+    return context, (text,) if topology.cp > 1 else ()
 
 
 def _even(model: ModelSpec, work: Workload, made: Schedule, micro_batch: int) -> tuple[tuple[int, ...], _Why]:

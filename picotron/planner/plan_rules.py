@@ -133,6 +133,19 @@ def _check_experts(model: ModelSpec, topology: Topology) -> None:
         raise PlanError(f"ep must be at most the {model.experts.num_experts} experts, got ep={topology.ep}")
 
 
+def check_loss_chunks(chunks: int, zero_stage: int, tokens: int) -> None:
+    """Raise PlanError unless a microbatch's ``tokens`` and their gradients can come in so many chunks."""
+    if chunks > tokens:
+        raise PlanError(
+            f"loss_chunks must be at most the {tokens} tokens of a microbatch on a rank, got {chunks}"
+        )
+    if chunks > 1 and zero_stage > 1:
+        raise PlanError(
+            f"loss_chunks={chunks} adds to the table's gradient in F, where ZeRO stage {zero_stage} has no "
+            "room for it; plan with zero_stage=1 or loss_chunks=1"
+        )
+
+
 def check_shard(zero_stage: int, shard: int | None, topology: Topology) -> None:
     """Raise PlanError unless ``shard`` ranks can share a copy of what ``zero_stage`` shards."""
     if shard is None:

@@ -13,6 +13,7 @@ from picotron.planner.cluster import ClusterSpec, achieved_link, group_link, lin
 from picotron.planner.collectives import KINDS, collective_seconds
 from picotron.planner.cost import group_seconds, send_seconds
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.program import HOST
 
 Price = Callable[[str, str, tuple[int, ...], int], float]
 """Seconds of (kind, group name, ranks, payload bytes); a message's ranks are its sender and its receiver."""
@@ -25,6 +26,8 @@ def plan_price(plan: TrainingPlan) -> Price:
     def priced(kind: str, group: str, payload_bytes: int) -> float:
         if kind == "send":
             return send_seconds(plan, payload_bytes)
+        if group == HOST:
+            return copy_seconds(plan, payload_bytes)
         return group_seconds(plan, kind, group, payload_bytes)
 
     return lambda kind, group, ranks, payload_bytes: priced(kind, group, payload_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from picotron.planner.body import Tensor
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
@@ -13,7 +15,13 @@ def output_projection(ops: Operations, width: int, *, biased: bool = True) -> No
     full = ops.partial_sum(y)
     ops.matmul("output projection", d.tokens, width, d.hidden, creates=[full])
     ops.reduced("reduce output", full, y)
-    ops.kernel("residual", d.local_tokens * d.hidden, passes=3)
+    residual(ops)
+
+
+def residual(ops: Operations, *, biased: bool = False) -> None:
+    """The block's input, and a bias, added to the product: of one rank the product is added to the input."""
+    passes = (2 if ops.d.tp == 1 else 3) + 2 * biased
+    ops.kernel("residual", ops.d.local_tokens * ops.d.hidden, passes=passes, kernels=1 + biased)
 
 
 def bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:
@@ -44,9 +52,57 @@ def output_backward(
 def biased_input_backward(ops: Operations, model: ModelSpec, name: str, gradient: Tensor, width: int) -> None:
     """Backward of the biased column-parallel product after the norm."""
     d = ops.d
-    source = ops.gathered(f"gather {name} input", ops.norm_again(model), for_weights=True)
-    ops.matmul(f"{name} weight", d.hidden, d.tokens, width, frees=[source], reads=[gradient, source])
-    bias_gradient(ops, name, d.tokens, width)
-    full = ops.dnormed(model)
-    ops.matmul(f"{name} input", d.tokens, width, d.hidden, creates=[full], frees=[gradient])
-    ops.norm_backward(model, full)
+
+    def weights(source: Tensor) -> None:
+        ops.matmul(f"{name} weight", d.hidden, d.tokens, width, reads=[gradient, source])
+        bias_gradient(ops, name, d.tokens, width)
+
+    def inputs(full: Tensor) -> None:
+        ops.matmul(f"{name} input", d.tokens, width, d.hidden, creates=[full])
+
+    input_backward(ops, model, name, [gradient], weights, inputs)
+
+
+def input_backward(
+    ops: Operations,
+    model: ModelSpec,
+    name: str,
+    gradients: Sequence[Tensor],
+    weights: Callable[[Tensor], None],
+    inputs: Callable[[Tensor], None],
+) -> None:
+    """Backward of column-parallel products of the normed input, from ``gradients`` of theirs to ``i.g``.
+
+    ``weights`` multiplies with the normed input, computed again; ``inputs`` makes that one's gradient. Where
+    they overlap the latter comes first, and the former while it is summed. The gathered input is then there
+    before, as one communicator moves one thing at a time.
+    """
+    d, full = ops.d, ops.dnormed()
+
+    def source() -> Tensor:
+        return ops.gathered(f"gather {name} input", ops.norm_again(model), for_weights=True)
+
+    if d.tensor_overlap == "none":
+        _multiplied(ops, weights, source(), [])
+        inputs(full)
+        _free(ops, gradients)
+        ops.norm_backward(model, full)
+        return
+    before = source() if d.sequence_parallel else None
+    inputs(full)
+    part = ops.dnormed_local(full)
+    ops.start_reduced("reduce gradient", full, part)
+    _multiplied(ops, weights, before or source(), gradients)
+    ops.wait("reduce gradient", group="tp", frees=[full] if d.sequence_parallel else [])
+    ops.local_norm_backward(model, part)
+
+
+def _multiplied(
+    ops: Operations, weights: Callable[[Tensor], None], source: Tensor, gradients: Sequence[Tensor]
+) -> None:
+    weights(source)
+    _free(ops, [source, *gradients])
+
+
+def _free(ops: Operations, tensors: Sequence[Tensor]) -> None:
+    ops.kernel("free", 0, kernels=0, frees=tensors)

@@ -2,7 +2,8 @@
 
 The bodies say in which order a stage computes and communicates, one operation of the runtime at a time; how
 fast other software does the same layer is what ``layer_times`` knows. Seconds of each layer, of the embedding
-and of the head are scaled so that they sum to the model's, computing and communicating apart. A processor
+and of the head are scaled so that they sum to the model's, computing and communicating apart; what the model
+hides under computing it has left out, so none is asynchronous here. A processor
 without a profile of its own (a CPU) keeps the seconds of its operations.
 """
 
@@ -145,7 +146,7 @@ def _scales(costs: Iterable[SegmentCost], target: Target) -> tuple[float, float]
     """By how much computing and communicating are multiplied, so that together they take what they should."""
     own = list(costs)
     computing = sum(cost.compute_seconds for cost in own)
-    waiting = sum(cost.communication_seconds for cost in own)
+    waiting = sum(cost.transfer_seconds for cost in own)
     if waiting > 0:
         return _ratio(target.compute, computing), target.communication / waiting
     return _ratio(target.compute + target.communication, computing), 1.0
@@ -160,7 +161,7 @@ def _by(costs: Costs, body: Body, scales: Scales) -> Costs:
         SegmentCost(
             compute=[stretch * scales[segment.name][0] for stretch in cost.compute],
             collectives=[
-                evolve(collective, seconds=collective.seconds * scales[segment.name][1])
+                evolve(collective, seconds=collective.seconds * scales[segment.name][1], asynchronous=False)
                 for collective in cost.collectives
             ],
         )

@@ -95,7 +95,7 @@ def saved(unit: Sequence[int], forward: Body, boundary: Tensor) -> tuple[Tensor,
 
 def _without_core(place: int, plain: Steps, forward: Steps, backward: Steps) -> None:
     """Drop what the attention core of one segment leaves, and run the core before its backward."""
-    core = [step for step in plain[place] if step.kind == "attention" or step.group == "cp"]
+    core = [step for step in plain[place] if step.core]
     left = set(_left(plain[place]))
     dropped = [tensor for step in core for tensor in step.creates if tensor in left]
     forward[place].append(_free("drop attention core", dropped))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, overload
 
 from attrs import Attribute, Factory, field, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.body import Bodies, Body
+from picotron.planner.body import WAIT, Bodies, Body
 from picotron.planner.program import Kind
 
 
@@ -24,6 +25,7 @@ class CollectiveCost:
     group: str
     payload_bytes: int
     seconds: float
+    asynchronous: bool = False  # its end is at a later entry of kind WAIT
 
 
 def _costs(value: Iterable[CollectiveCost]) -> tuple[CollectiveCost, ...]:
@@ -32,7 +34,10 @@ def _costs(value: Iterable[CollectiveCost]) -> tuple[CollectiveCost, ...]:
 
 @frozen(kw_only=True)
 class SegmentCost:
-    """Seconds of one segment in its order: stretches of computing, and a collective between each two."""
+    """Seconds of one segment in its order: stretches of computing, and a collective between each two.
+
+    Between two stretches may also be the WAIT for the earliest asynchronous collective that none was for.
+    """
 
     compute: tuple[float, ...] = field(converter=_floats)
     collectives: tuple[CollectiveCost, ...] = field(default=(), converter=_costs)
@@ -52,7 +57,30 @@ class SegmentCost:
 
     @property
     def communication_seconds(self) -> float:
-        """The collectives that it blocks on."""
+        """The collectives that it blocks on, as long as it does."""
+        return sum(self.exposed)
+
+    @property
+    def exposed(self) -> tuple[float, ...]:
+        """Of each entry of ``collectives``, how long computing stops there if no other rank comes late."""
+        if not any(collective.asynchronous for collective in self.collectives):
+            return tuple(collective.seconds for collective in self.collectives)
+        now, free, ends, found = 0.0, 0.0, deque[float](), list[float]()
+        for stretch, collective in zip(self.compute, self.collectives, strict=False):
+            now += stretch
+            if collective.kind == WAIT:
+                held = max(0.0, ends.popleft() - now) if ends else 0.0
+            else:
+                free = max(now, free) + collective.seconds
+                held = 0.0 if collective.asynchronous else free - now
+                ends += [free] if collective.asynchronous else []
+            now += held
+            found.append(held)
+        return tuple(found)
+
+    @property
+    def transfer_seconds(self) -> float:
+        """All of its collectives, whether it computes beside them or not."""
         return sum(collective.seconds for collective in self.collectives)
 
     @property

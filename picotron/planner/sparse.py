@@ -7,7 +7,8 @@ published rather than of a checked kernel set. Sources: DeepSeek-AI 2024, DeepSe
 
 from __future__ import annotations
 
-from picotron.planner.attention import attend, log_sum_exp
+from picotron.planner.attention import attend, attend_backward
+from picotron.planner.attention_core import Core
 from picotron.planner.body import Tensor
 from picotron.planner.model import Experts, LatentAttention, ModelSpec
 from picotron.planner.operations import Operations
@@ -72,7 +73,7 @@ def latent_attention_forward(ops: Operations, model: ModelSpec, topology: Topolo
         frees=[source, *scratch],
     )
     context = ops.saved("context", d.tokens * d.heads * latent.v_head_dim)
-    attend(ops, forward=True, creates=[context, log_sum_exp(ops)], v_dim=latent.v_head_dim)
+    attend(ops, Core(inputs=kept_by_head, context=context, v_dim=latent.v_head_dim))
     output_projection(ops, d.heads * latent.v_head_dim)
 
 
@@ -84,10 +85,10 @@ def latent_attention_backward(ops: Operations, model: ModelSpec, topology: Topol
     output_backward(ops, context, width, into="dcontext")
     kept = _latent_kept(ops, model)
     gradients = [Tensor(f"{t.name} gradient", t.bytes, "workspace") for t in kept]
-    frees = [*kept, context, log_sum_exp(ops), dcontext]
-    attend(ops, forward=False, creates=gradients, frees=frees, v_dim=latent.v_head_dim)
+    core = Core(inputs=kept, context=context, gradients=gradients, v_dim=latent.v_head_dim)
+    attend_backward(ops, core, dcontext)
     source = ops.gathered("gather attention input", ops.norm_again(model), for_weights=True)
-    full = ops.dnormed(model)
+    full = ops.dnormed()
     projections = _latent_projections(ops, model)
     low_rank = {name: ops.saved(name, d.tokens * out) for name, _, out, kept in projections if kept}
     reads = _latent_products(source, low_rank, gradients)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import attrs
 
-from picotron.planner.body import Body, Operation, SegmentBody, Tensor
+from picotron.planner.body import WAIT, Body, Operation, SegmentBody, Tensor
 
 
 def split_backward(body: Body) -> tuple[Body, Body]:
@@ -48,6 +48,6 @@ def _freeing(operation: Operation, frees: tuple[Tensor, ...]) -> Operation:
 
 
 def _does_something(operation: Operation) -> bool:
-    """A step that launches, says and frees nothing is left out."""
+    """A step that launches, says, frees and waits for nothing is left out."""
     sizes = operation.flops, operation.moved_bytes, operation.kernels, operation.payload_bytes
-    return any(sizes) or bool(operation.creates or operation.frees)
+    return any(sizes) or operation.kind == WAIT or bool(operation.creates or operation.frees)

@@ -144,7 +144,7 @@ def forward_body(model: ModelSpec, topology: Topology, stage: int, own: tuple[Se
     for index, segment in enumerate(own):
         ops = Operations(d, index)
         _BODIES[_variant(model, segment)][0](ops, model, topology)
-        bodies.append(SegmentBody(name=_segment_name(segment), operations=tuple(ops.operations)))
+        bodies.append(SegmentBody(name=segment_name(segment), operations=tuple(ops.operations)))
     return Body(stage=stage, phase="F", segments=tuple(bodies))
 
 
@@ -156,11 +156,12 @@ def backward_body(
     for index, segment in reversed(list(enumerate(own))):
         ops = Operations(d, index)
         _BODIES[_variant(model, segment)][1](ops, model, topology)
-        bodies.append(SegmentBody(name=_segment_name(segment), operations=tuple(ops.operations)))
+        bodies.append(SegmentBody(name=segment_name(segment), operations=tuple(ops.operations)))
     return Body(stage=stage, phase="B", segments=tuple(bodies))
 
 
-def _segment_name(segment: Segment) -> str:
+def segment_name(segment: Segment) -> str:
+    """What its bodies are called."""
     return segment.kind if segment.layer is None else f"{segment.kind} {segment.layer}"
 
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from attrs import Attribute, Converter, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner import plan_buckets, plan_program
-from picotron.planner.body import Bodies, Dims, dims
+from picotron.planner.body import Bodies, Dims, TensorOverlap, dims
 from picotron.planner.catalogue import make_schedule
 from picotron.planner.cluster import ClusterSpec, peak_flops_per_second
+from picotron.planner.context import ContextParallel, check_context, token_positions
 from picotron.planner.data import DEFAULT_BUCKET_BYTES, Bucket
 from picotron.planner.layout import Placement, is_held, layout, stage_segments
 from picotron.planner.model import ModelSpec, Segment
@@ -24,6 +26,7 @@ from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.plan_rules import (
     check_actions,
     check_degrees,
+    check_loss_chunks,
     check_parts,
     check_schedule,
     check_shard,
@@ -39,7 +42,7 @@ from picotron.planner.sharding import (
 )
 from picotron.planner.stage import Variant, stage_bodies
 from picotron.planner.topology import Coordinate, Topology
-from picotron.planner.validators import are_words, as_tuple, must_be, whole
+from picotron.planner.validators import are_words, as_tuple, must_be, one_of, whole
 from picotron.planner.workload import Format, Workload
 
 SCHEMA_VERSION = 1
@@ -75,6 +78,9 @@ class TrainingPlan:
     ``zero_stage``: what ``shard`` of the dp * cp ranks (all, if None) share rather than copy: nothing (0),
     the optimizer's state (1), gradients too (2), parameters too (3). ``recompute`` and ``offload`` have one
     value for each decoder layer; one value given for all is repeated.
+    ``loss_chunks``: in so many parts of a microbatch's tokens logits are made and lost again.
+    ``tensor_overlap``: what computes while a product's input gradient is summed over tp.
+    ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
 
@@ -87,6 +93,9 @@ class TrainingPlan:
     virtual_stages: int = field(default=1, validator=whole(1))
     micro_batch: int = field(default=1, validator=whole(1))
     sequence_parallel: bool = False
+    context: ContextParallel = "ring"
+    loss_chunks: int = field(default=1, validator=whole(1))
+    tensor_overlap: TensorOverlap = field(default="none", validator=one_of(TensorOverlap))
     stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
     zero_stage: int = field(default=0, validator=whole(0, 3))
@@ -107,6 +116,12 @@ class TrainingPlan:
         check_stages(self.model, self.topology.pp, self.virtual_stages)
         num_stages = self.topology.pp * self.virtual_stages
         check_stage_layers(self.stage_layers, num_stages, self.model.num_layers)
+        check_context(self.context, self.model, self.topology, self.workload.seq_len)
+        check_loss_chunks(
+            self.loss_chunks, self.zero_stage, self.micro_batch * self.workload.seq_len // self.topology.cp
+        )
+        if self.tensor_overlap != "none" and self.topology.tp == 1:
+            raise PlanError(f"tensor_overlap={self.tensor_overlap} needs tp > 1, got tp=1; leave it out")
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
@@ -220,7 +235,14 @@ class TrainingPlan:
             gradient_itemsize=form.gradient,
             adds_products=form.gradient != form.compute and self.cluster.device.kind == "cpu",
             tp_index=tp_index,
+            context=self.context,
+            loss_chunks=self.loss_chunks,
+            tensor_overlap=self.tensor_overlap,
         )
+
+    def token_positions(self, cp_index: int) -> np.ndarray:
+        """Where the tokens of context-parallel rank ``cp_index`` stand in their sequence, ascending."""
+        return token_positions(self.workload.seq_len, self.topology.cp, cp_index, self.context)
 
     def bodies(self, stage: int, tp_index: int = 0) -> Bodies:
         """What ``stage`` does with one microbatch, phase by phase."""

@@ -15,14 +15,27 @@ from attrs import evolve, fields
 from picotron.errors import PlanError
 from picotron.planner.catalogue import SCHEDULES
 from picotron.planner.cluster import ClusterSpec, LinkSpec
+from picotron.planner.context import CONTEXTS, ContextParallel, check_context
 from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.records import hint
+from picotron.planner.topology import Topology
 from picotron.planner.validators import is_between, is_integer, shown
 from picotron.planner.workload import Workload
 
 AXES = ("dp", "pp", "cp", "tp", "ep", "etp", "order")
-OPTIONS = ("micro_batch", "bucket_bytes", "zero_stage", "shard", "recompute", "offload", "sequence_parallel")
+OPTIONS = (
+    "micro_batch",
+    "bucket_bytes",
+    "zero_stage",
+    "shard",
+    "recompute",
+    "offload",
+    "sequence_parallel",
+    "context",
+    "loss_chunks",
+    "tensor_overlap",
+)
 STAGES = ("schedule", "virtual_stages", "stage_layers")
 WORK = tuple(attribute.name for attribute in fields(Workload))
 SETTINGS = (*AXES, *OPTIONS, *STAGES, *WORK, "model", "cluster")
@@ -59,6 +72,10 @@ def changed(
         options["dp"] = None
     if "sequence_parallel" not in settings and "tp" in settings:
         options["sequence_parallel"] = _sequence_parallel(base, settings["tp"])
+    if "context" not in settings:
+        options["context"] = _context(base, model, options, work)
+    if "tensor_overlap" not in settings and options["tp"] == 1:
+        options["tensor_overlap"] = "none"
     for name in ("recompute", "offload"):
         values = getattr(base, name)
         if name not in settings and model.num_layers != base.model.num_layers:
@@ -95,6 +112,20 @@ def _sequence_parallel(base: TrainingPlan, tp: int) -> bool | None:
     if tp == 1:
         return False
     return None if base.topology.tp == 1 else base.sequence_parallel
+
+
+def _context(
+    base: TrainingPlan, model: ModelSpec, options: Mapping[str, Any], work: Workload
+) -> ContextParallel | None:
+    """As it was where it still fits, else chosen by rule."""
+    if base.topology.cp == 1:
+        return None
+    try:
+        topology = Topology(cp=options["cp"], tp=options["tp"])
+        check_context(base.context, model, topology, work.seq_len)
+    except PlanError:
+        return None
+    return base.context
 
 
 def _copies(base: TrainingPlan, options: Mapping[str, Any], machine: ClusterSpec) -> int:
@@ -171,6 +202,7 @@ def _why(name: str) -> str:
         "dp": ": the devices that pp * cp * tp leave",
         "stage_layers": ": least FLOPs on the dearest rank",
         "sequence_parallel": ": on when tp > 1 and tp divides the tokens",
+        "context": ": ring, but where cp alone divides seq_len and cuts the heads all_to_all",
         "num_microbatches": ": global_batch / (dp * micro_batch)",
     }.get(name, "")
 
@@ -231,5 +263,7 @@ def single_changes(base: TrainingPlan) -> tuple[dict[str, Any], ...]:
     found += [{"recompute": mode} for mode in ("none", "selective", "full")]
     if topology.tp > 1:
         found.append({"sequence_parallel": not base.sequence_parallel})
+    if topology.cp > 1:
+        found += [{"context": context} for context in CONTEXTS]
     own = _values(base)
     return tuple(setting for setting in found if all(own[name] != value for name, value in setting.items()))

@@ -65,7 +65,6 @@ class _Block:
     full: Column  # the same of all tokens
     cut: Column  # 1 where the two differ (sequence parallelism)
     gated: Column
-    rms: Column
 
 
 def working(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors) -> Working:
@@ -77,7 +76,6 @@ def working(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors) -> Working:
         full=t.whole * model.hidden * t.item,
         cut=((layout.sequence_parallel > 0) & (layout.tp > 1)) * 1.0,
         gated=model.gated,
-        rms=1 - model.layer_norm,
     )
 
     def walked(by_eager: Callable[[], Column], by_fused: Callable[[], Column]) -> Column:
@@ -108,9 +106,7 @@ def _eager_mlp(size: Column, block: _Block) -> Column:
     walk.make(gathered)
     walk.free(size)
     walk.make(size)  # the product's gradient
-    walk.free(gathered, gated * size)  # and up
-    walk.make(size)  # gradient of gate, or of the only product
-    walk.free(2 * size)  # the product's gradient and gate, or the only product
+    walk.free(gathered, (1 + gated) * size)  # gradients take the place of gate and up, or the only product
     return _eager_norm(walk, (1 + gated) * size, block)
 
 
@@ -136,20 +132,17 @@ def _eager_norm(walk: Walk, gradients: Column, block: _Block) -> Column:
     walk.make(block.local)  # normed again
     walk.make(gathered)
     walk.free(block.local, gathered)
-    in_place = block.rms * (1 - block.cut)
-    walk.make(in_place * block.local + (1 - in_place) * block.full)
+    walk.make(block.full)
     walk.free(gradients)
-    walk.make((1 - in_place) * block.local)
-    walk.free((1 - in_place) * block.full)
-    walk.make(2 * block.rms * block.local)
+    walk.make(block.cut * block.local)
+    walk.free(gathered)
+    walk.make(block.local)
     return walk.highest
 
 
 def _eager_attention(cases: Cases, t: Tokens, w: Widths, saved: SavedTensors, block: _Block) -> Column:
-    """Backward of attention of any kind; a fused projection (GPT-2) joins its three gradients."""
+    """Backward of attention of any kind; gradients take the place of queries, keys and values."""
     walk, inputs = _core(cases, t, w, saved, block)
-    walk.make(np.where(cases.model.biases > 0, inputs, t.whole * w.query * t.item / 2))
-    walk.free(np.where(cases.model.biases > 0, inputs, t.whole * w.query * t.item / 2))
     return _eager_norm(walk, inputs, block)
 
 

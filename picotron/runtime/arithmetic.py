@@ -96,6 +96,11 @@ def _all_to_all(
     return None
 
 
+def _exchange(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for index, (output, _) in enumerate(parts):
+        output.copy_(parts[index - 1][1])
+
+
 def _broadcast(parts: list[tuple[torch.Tensor, int]]) -> None:
     source = parts[parts[0][1]][0]
     for tensor, _ in parts:
@@ -108,5 +113,6 @@ ARITHMETIC: Mapping[str, Callable[[list[Any]], str | None]] = {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
+    "exchange": _exchange,
     "broadcast": _broadcast,
 }

@@ -160,6 +160,12 @@ class Backend(Protocol):
         Sizes are rows of dim 0 per member, even if left out.
         """
 
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Send ``input`` to the next member, and receive ``output`` from the one before.
+
+        The last member's next is the first. All tensors are of one shape.
+        """
+
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
         """Replace ``tensor`` by that of world rank ``source``, a member."""
 
@@ -171,6 +177,12 @@ class Backend(Protocol):
 
     def batch(self, transfers: Sequence[Transfer]) -> Handle:
         """Post several sends and receives together, in no order among them; complete when all are."""
+
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """Say that an "offload" to the host, or a "reload" from it, begins; the clock's view of its end.
+
+        Each kind has a stream of its own. The bytes themselves are moved by whoever says so.
+        """
 
     def barrier(self) -> None:
         """Return once every rank of the world has called it."""
@@ -275,12 +287,24 @@ def check_all_to_all(
             rank=rank,
             action=action,
         )
-    if input.numel() and output.data_ptr() == input.data_ptr():
-        raise ExecutionError("output and input must be different memory, got one", rank=rank, action=action)
+    _check_apart(rank, action, output, input)
     return (
         _part_sizes(rank, action, "output", output, output_sizes, group.size),
         _part_sizes(rank, action, "input", input, input_sizes, group.size),
     )
+
+
+def check_exchange(rank: int, group: Group, output: torch.Tensor, input: torch.Tensor) -> None:
+    """ExecutionError unless this exchange is in order."""
+    action = _member_action("exchange", rank, group)
+    _check_dense(rank, action, output, input)
+    if output.shape != input.shape:
+        raise ExecutionError(
+            f"output and input must have one shape, got {_shape(output)} and {_shape(input)}",
+            rank=rank,
+            action=action,
+        )
+    _check_apart(rank, action, output, input)
 
 
 def check_broadcast(rank: int, group: Group, tensor: torch.Tensor, source: int) -> None:
@@ -338,6 +362,11 @@ def _check_dense(rank: int, action: str, *tensors: torch.Tensor) -> None:
                 rank=rank,
                 action=action,
             )
+
+
+def _check_apart(rank: int, action: str, output: torch.Tensor, input: torch.Tensor) -> None:
+    if input.numel() and output.data_ptr() == input.data_ptr():
+        raise ExecutionError("output and input must be different memory, got one", rank=rank, action=action)
 
 
 def _check_reduction(rank: int, action: str, tensor: torch.Tensor, op: str) -> None:

@@ -97,6 +97,10 @@ class HostBatch:
     ids: np.ndarray
     targets: np.ndarray
 
+    def at(self, positions: np.ndarray) -> HostBatch:
+        """The tokens at these positions of every sequence, each with the label that it has in the whole."""
+        return HostBatch(self.ids[:, positions], self.targets[:, positions])
+
     @property
     def num_valid(self) -> int:
         """Labels with a loss."""

@@ -38,6 +38,7 @@ from picotron.runtime.backend import (
     check_all_reduce,
     check_all_to_all,
     check_broadcast,
+    check_exchange,
     check_message,
     check_ranks,
     check_reduce_scatter,
@@ -267,6 +268,24 @@ class DistributedBackend:
             ),
         )
 
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Send ``input`` to the next member and receive from the one before: an uneven all_to_all."""
+        check_exchange(self.rank, group, output, input)
+        if shared := self._sharing(group, input):
+            return self._show(
+                "exchange", group, lambda channel: shared.exchange(output, input, group, channel)
+            )
+        place, size = group.index(self.rank), group.size
+        received, sent = ([0] * size for _ in range(2))
+        received[place - 1] = sent[(place + 1) % size] = input.numel()
+        return self._post(
+            "exchange",
+            group,
+            lambda pg: dist.all_to_all_single(
+                output.view(-1), input.view(-1), received, sent, group=pg, async_op=True
+            ),
+        )
+
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
         """Replace ``tensor`` by that of world rank ``source``."""
         check_broadcast(self.rank, group, tensor, source)
@@ -306,6 +325,10 @@ class DistributedBackend:
         """Post several sends and receives, one after the other: none of them waits for another."""
         post = {"send": self.send, "recv": self.recv}
         return _All([post[t.kind](t.tensor, t.peer, t.channel) for t in transfers])
+
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """Nothing to wait for: the device's own streams keep order."""
+        return _All([])
 
     def barrier(self) -> None:
         """Return once every rank's host has called it."""

@@ -7,9 +7,11 @@ Norms and rotations work in place on what they own.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional
 
 from picotron.planner.model import RopeScaling
@@ -27,7 +29,7 @@ class Norm(Protocol):
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x; ``grad``, that of the output, is consumed. Weight gradients accumulate."""
+        """The gradient of x; ``grad`` is that of the output. Weight gradients accumulate."""
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,6 +40,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def _times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The product, computed as precisely as ``factor`` is and rounded once to the format of ``x``."""
     return torch.mul(x, factor, out=torch.empty_like(x))
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """A norm's weight as torch's kernels take it: on CPU they keep statistics in the format of the weight."""
+    return weight if weight.is_cuda else weight.to(statistics_dtype(weight.dtype))
 
 
 class RmsNorm:
@@ -59,16 +66,20 @@ class RmsNorm:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """The gradient of x, in the memory of ``grad``."""
+        """The gradient of x.
+
+        Layer norm's kernel with a mean of 0 does all but one step: it takes the mean over the row of what
+        comes in off it, which is given back.
+        """
         (inverse,) = statistics
-        unit = _times(x, inverse)
-        product = grad * unit
-        self.gradient.add_(product.sum(dim=tuple(range(product.dim() - 1)), dtype=inverse.dtype))
-        dot = product @ self.weight
-        del product
-        grad.mul_(self.weight)
-        grad.addcmul_(unit, dot.unsqueeze(-1), value=-1 / x.shape[-1])
-        return grad.mul_(inverse)
+        size = x.shape[-1]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [size], torch.zeros_like(inverse), inverse, _wide(self.weight), None, [True, True, False]
+        )
+        self.gradient.add_(dweight)
+        taken = torch.mv(grad.reshape(-1, size), self.weight).view_as(inverse).mul_(inverse)
+        out: torch.Tensor = dx.add_(taken, alpha=1 / size)
+        return out
 
 
 class LayerNorm:
@@ -91,11 +102,8 @@ class LayerNorm:
         return normed, (mean, inverse)
 
     def _affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift; on CPU the format of theirs is that of the statistics."""
-        if self.weight.is_cuda:
-            return self.weight, self.bias
-        wide = statistics_dtype(self.weight.dtype)
-        return self.weight.to(wide), self.bias.to(wide)
+        """Scale and shift as the kernels take them."""
+        return _wide(self.weight), _wide(self.bias)
 
     def again(self, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The normed x once more."""
@@ -140,40 +148,137 @@ def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, backwards: bool = False) -> None:
     """Rotate x [batch, s, heads, d] by its positions, in place; ``backwards`` undoes it."""
-    first, second = x.chunk(2, dim=-1)
     sign = -1 if backwards else 1
-    half = first.clone()
-    first.mul_(cosine).addcmul_(second, sine, value=-sign)
-    second.mul_(cosine).addcmul_(half, sine, value=sign)
+    for part in _at_a_time(x):
+        first, second = part.chunk(2, dim=-1)
+        half = first.clone()
+        first.mul_(cosine).addcmul_(second, sine, value=-sign)
+        second.mul_(cosine).addcmul_(half, sine, value=sign)
+
+
+def _at_a_time(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What several steps over x [batch, ...] take at a time: on a processor one sequence, for its caches."""
+    return torch.split(x, 1) if x.device.type == "cpu" else (x,)
+
+
+@runtime_checkable
+class AttentionCore(Protocol):
+    """Attention that has been computed and whose backward has not; its attributes hold its tensors.
+
+    They may be replaced by equal ones before ``backward``.
+    """
+
+    def run(self) -> None:
+        """Compute what backward needs, for the first time or after ``drop``."""
+
+    def drop(self) -> None:
+        """Let go of all that ``run`` gives."""
+
+    def context(self) -> torch.Tensor:
+        """What was attended to, [T, heads * d]."""
+
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of q, k and v, each [T, heads * d], from that of the context."""
 
 
 class Attention:
-    """Causal attention over local heads, with torch's own fused kernel and its own backward.
+    """Causal attention over local heads by torch's own fused kernels, forward and backward.
 
-    The kernel's graph is an island: it is built on detached inputs and used once.
+    ``tensors`` is all that backward needs: q, k and v [batch, heads, s, d], then what the kernel leaves, its
+    output first.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Q [batch, s, heads, d]; k and v [batch, s, kv heads, d]."""
-        self.leaves = [part.transpose(1, 2).detach().requires_grad_() for part in (q, k, v)]
-        with torch.enable_grad():
-            query, key, value = self.leaves
-            self.out = functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-            )
+        self.tensors = [part.transpose(1, 2) for part in (q, k, v)]
+        self._kernel: AttentionKernel = FlashOnCpu() if q.device.type == "cpu" else Island()
+        self.run()
+
+    def run(self) -> None:
+        """The kernel's forward, for the first time or after ``drop``."""
+        self.tensors += self._kernel.forward(*self.tensors)
+
+    def drop(self) -> None:
+        """Let go of what the kernel left; q, k and v stay."""
+        del self.tensors[3:]
 
     def context(self) -> torch.Tensor:
-        """What was attended to, [T, heads * d]; it may outlive the island."""
-        return self.out.detach().transpose(1, 2).flatten(0, 1).flatten(1)
+        """What was attended to, [T, heads * d]; it may outlive the attention."""
+        return self.tensors[3].transpose(1, 2).flatten(0, 1).flatten(1)
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of q, k and v, each [T, heads * d]; ``grad`` is [T, heads * d]. Frees the island."""
-        out, leaves = self.out, self.leaves
-        del self.out, self.leaves
-        batch, heads, s, d = out.shape
+        """Gradients of q, k and v, each [T, heads * d]; ``grad`` is [T, heads * d]. Frees all tensors."""
+        tensors = self.tensors
+        del self.tensors
+        batch, heads, s, d = tensors[3].shape
         upstream = grad.view(batch, s, heads, d).transpose(1, 2)
-        gradients = torch.autograd.grad(out, leaves, upstream)
+        gradients = self._kernel.backward(upstream, tensors)
         return [part.transpose(1, 2).flatten(0, 1).flatten(1) for part in gradients]
+
+
+class AttentionKernel(Protocol):
+    """A fused causal attention whose backward is told all tensors again."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The output, then all else that backward needs beside q, k and v."""
+
+    def backward(self, grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Gradients of q, k and v, from that of the output; ``tensors``: q, k, v and what forward gave."""
+
+
+class FlashOnCpu:
+    """The kernel that torch's own attention takes on a CPU (Dao et al. 2022, arXiv:2205.14135)."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Output and log-sum-exp."""
+        found: Sequence[torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True
+        )
+        return found
+
+    def backward(self, grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Gradients of q, k and v."""
+        found: Sequence[torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *tensors, 0.0, True
+        )
+        return found
+
+
+class Island:
+    """Whatever kernel torch chooses, by an autograd graph of its own that holds no tensor.
+
+    Hooks hand out what the graph would save, and are asked for it in backward.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[torch.Tensor] = []
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Output, then what the graph needs."""
+        saved: list[torch.Tensor] = []
+        slots = self._slots = []
+
+        def pack(tensor: torch.Tensor) -> int:
+            saved.append(tensor.detach())
+            return len(saved) - 1
+
+        leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+        with torch.enable_grad(), saved_tensors_hooks(pack, slots.__getitem__):
+            query, key, value = leaves
+            out = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        self._output, self._inputs = get_gradient_edge(out), [get_gradient_edge(leaf) for leaf in leaves]
+        for leaf in leaves:
+            leaf.data = leaf.new_empty(0)  # the graph's ends hold them
+        found = [out.detach(), *saved]
+        saved.clear()  # the hooks live as long as the graph
+        return found
+
+    def backward(self, grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Gradients of q, k and v."""
+        self._slots += tensors[4:]
+        return torch.autograd.grad(self._output, self._inputs, grad)
 
 
 def vocabulary_slice(ids: torch.Tensor, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +298,12 @@ def add_product(gradient: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
     """
     if gradient.dtype == left.dtype:
         gradient.addmm_(left, right)
-    elif gradient.is_cuda:
-        torch.addmm(gradient, left, right, out_dtype=gradient.dtype, out=gradient)
-    else:
+    elif adds_products(gradient, left):
         gradient.add_(torch.mm(left, right))
+    else:
+        torch.addmm(gradient, left, right, out_dtype=gradient.dtype, out=gradient)
+
+
+def adds_products(gradient: torch.Tensor, operand: torch.Tensor) -> bool:
+    """Whether a product of such operands is made first, in their format, and then added to ``gradient``."""
+    return gradient.dtype != operand.dtype and not gradient.is_cuda

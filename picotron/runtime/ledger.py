@@ -109,6 +109,27 @@ class Batch:
         ]
 
 
+@define(eq=False, kw_only=True)
+class Copy(Operation):
+    """A copy between a rank's device and its host, which nobody else takes part in."""
+
+    kind: str  # "offload" | "reload"
+    rank: int
+
+    def describe(self) -> str:
+        """As reports name it."""
+        return f"{self.kind} #{self.number}"
+
+    @property
+    def stream(self) -> str:
+        """One direction."""
+        return self.kind
+
+    def absent(self) -> tuple[int, ...]:
+        """Nobody."""
+        return ()
+
+
 @frozen
 class Part:
     """What one member brings to a collective: ``agreed`` is equal among them, ``arguments`` are its own."""

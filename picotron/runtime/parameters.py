@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from picotron.planner.body import Category
+from picotron.planner.layout import local_shape
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.topology import Coordinate
 from picotron.runtime.layout import DTYPES, WIDTHS, WeightSource, slice_of
@@ -32,13 +35,23 @@ class Parameters:
         self.placements = plan.held(where)
         self.dtype, form = DTYPES[plan.workload.precision], plan.format
         self.gradient_dtype, self.reduce_dtype = WIDTHS[form.gradient], WIDTHS[form.reduce]
-        main = WIDTHS.get(form.main, self.dtype)
-        self.main = {p.name: slice_of(source(p), p, where).to(device, main) for p in self.placements}
-        self.weights = {name: weight.to(self.dtype) for name, weight in self.main.items()}
+        self.weights = self.main = self._views(device, WIDTHS.get(form.main, self.dtype))
+        for placement in self.placements:
+            self.main[placement.name].copy_(slice_of(source(placement), placement, where))
+        if form.main:
+            self.weights = self._views(device, self.dtype)
+            torch._foreach_copy_(list(self.weights.values()), list(self.main.values()))
         self.buckets: dict[tuple[int, int], torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self._open_buckets(device)
         self.optimizer = make_optimizer(plan.workload, self.main, self.gradients)
+
+    def _views(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Views of one flat buffer, in plan order, so that projections of one input are one weight."""
+        shapes = {p.name: local_shape(p, self.where) for p in self.placements}
+        flat = torch.empty(sum(map(math.prod, shapes.values())), dtype=dtype, device=device)
+        parts = torch.split(flat, [*map(math.prod, shapes.values())])
+        return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     def _open_buckets(self, device: torch.device) -> None:
         """One flat gradient buffer a bucket, and each parameter's view of its own."""

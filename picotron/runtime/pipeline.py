@@ -24,12 +24,13 @@ from picotron.planner.body import Category
 from picotron.planner.layout import Placement
 from picotron.planner.memory import MemoryTimeline
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, RECEIVES, SENDS, Kind, Row, anchored, rows
+from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored, rows
 from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.kernels import rotary_tables, statistics_dtype
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
@@ -39,6 +40,7 @@ from picotron.runtime.segments import Context, SegmentRunner
 from picotron.runtime.stages import Stage
 from picotron.runtime.topology import open_groups
 
+_POSTED = (*SENDS, *RECEIVES, *COPIES, Kind.REDUCE)  # rows that end at their WAIT
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
 Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what passes between stages
 
@@ -71,14 +73,14 @@ class StepResult:
 
 @frozen
 class _Posted:
-    """A transfer under way: its handle, its tensor, and where its timeline entry stands.
+    """A transfer or copy under way: its handle, its timeline entry, and its tensor where it has one.
 
     ``kept``: what the tensor was cast from to travel, and is cast back into.
     """
 
     handle: Handle
-    tensor: torch.Tensor
     entry: int
+    tensor: torch.Tensor | None
     kept: torch.Tensor | None = None
 
 
@@ -110,8 +112,20 @@ def check_world(plan: TrainingPlan, backend: Backend) -> None:
 class Session:
     """One rank's part of a plan, opened on a backend."""
 
-    def __init__(self, plan: TrainingPlan, backend: Backend, weights: WeightSource | None = None) -> None:
-        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise."""
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        backend: Backend,
+        weights: WeightSource | None = None,
+        *,
+        modules: Modules | None = None,
+    ) -> None:
+        """Collective: every rank opens its session with the same plan. Raises ExecutionError otherwise.
+
+        ``modules``: by name of a segment ("mlp 0"), what computes in its place (``runtime.foreign``). Raises
+        PlanError, before anything opens, for one that cannot.
+        """
+        check_modules(plan, modules or {})
         check_world(plan, backend)
         backend.at(-1, -1, "opening a session")
         self.plan, self.backend = plan, backend
@@ -121,11 +135,12 @@ class Session:
         self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
         self.communicator = Communicator(backend, open_groups(plan, backend))
+        self.positions = plan.token_positions(self.where.cp)
         self.parameters = Parameters(plan, self.where, backend.device, weights or initial_weights(plan))
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
         self.context = self._open_context()
         self.stages = {
-            stage: Stage(plan, stage, self.where.tp, self.context)
+            stage: Stage(plan, stage, self.where.tp, self.context, modules)
             for stage in plan.rank_stages(self.where.pp)
         }
         self.num_steps = 0
@@ -155,13 +170,13 @@ class Session:
         plan, model, device = self.plan, self.plan.model, self.backend.device
         d = plan.dims(self.where.tp)
         rotary = positions = None
+        places = torch.from_numpy(self.positions).to(device)
         if model.rope_theta is not None:
-            places = torch.arange(d.seq_len, device=device)
             wide = statistics_dtype(self.parameters.dtype)
             rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, wide)
         elif self.plan.stage_rank(0) == self.where.pp:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
-            positions = (torch.arange(d.local_tokens, device=device) + first) % d.seq_len
+            positions = places[(torch.arange(d.local_tokens, device=device) + first) % d.seq_len]
         return Context(
             model=model,
             dims=d,
@@ -183,7 +198,7 @@ class Session:
         }
 
     def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
-        """Run the program once over this rank's microbatches.
+        """Run the program once over this rank's microbatches, of which it takes its tokens.
 
         Where loss or gradient norm is not finite, no weight changes; LossError where that follows on the
         plan's ``max_skipped_steps`` of such steps.
@@ -191,6 +206,7 @@ class Session:
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
         tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
+        batches = [batch.at(self.positions) for batch in batches]
         walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
@@ -244,7 +260,7 @@ class Session:
                     error.message, rank=self.backend.rank, action=str(row), position=f"row {index}"
                 ) from error
             raise
-        if row.kind not in SENDS and row.kind not in RECEIVES and row.kind is not Kind.REDUCE:
+        if row.kind not in _POSTED:
             began, ended = span or (started, self._now(walk))
             walk.entries.append((self.backend.rank, index, -1, 0, began, ended))
         self._note_memory(walk, index, -1)
@@ -257,6 +273,9 @@ class Session:
             self._backward(walk, index, row)
         elif row.kind in SENDS or row.kind in RECEIVES:
             self._transfer(walk, index, row)
+        elif row.kind in COPIES:
+            handle = self.communicator.start_copy(COPIES[row.kind], row.bytes)
+            self._note_posted(walk, index, "copy", handle)
         elif row.kind is Kind.WAIT:
             self._wait(walk, row)
         elif row.kind is Kind.REDUCE:
@@ -293,7 +312,7 @@ class Session:
         body, cost = self.stages[row.stage].planned(row.kind, order)
         action = f"{self.row_names[index]} {body.name}"
         self.backend.at(self.num_steps, index, action)
-        self.communicator.open(action, index, body.collectives, cost.compute)
+        self.communicator.open(action, index, body.communication, cost.compute)
         if walk.tracker is not None:
             walk.tracker.restart_peak()
         yield
@@ -338,11 +357,11 @@ class Session:
         index: int,
         stream: str,
         handle: Handle,
-        tensor: torch.Tensor,
+        tensor: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
     ) -> None:
         """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
-        walk.posted[index] = _Posted(handle, tensor, len(walk.entries), kept)
+        walk.posted[index] = _Posted(handle, len(walk.entries), tensor, kept)
         now = self._now(walk)
         walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
@@ -357,10 +376,10 @@ class Session:
             *entry[:4],
             *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
         )
-        if posted.kept is not None:
+        if posted.kept is not None and posted.tensor is not None:
             posted.kept.copy_(posted.tensor)
         target = self.rows[row.target]
-        if target.kind in RECEIVES:
+        if target.kind in RECEIVES and posted.tensor is not None:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
 
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:

@@ -67,8 +67,6 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"the family {model.family} (runnable: {', '.join(RUNNABLE_FAMILIES)})")
     if plan.workload.precision not in RUNNABLE_PRECISIONS:
         found.append(f"precision {plan.workload.precision} (runnable: {', '.join(RUNNABLE_PRECISIONS)})")
-    if plan.topology.cp > 1:
-        found.append(f"context parallelism, cp={plan.topology.cp} (runnable: cp=1)")
     activation = "silu" if model.gated_mlp else "gelu_tanh"
     if model.activation != activation and model.family in RUNNABLE_FAMILIES:
         found.append(f"activation {model.activation} in {model.family} (runnable: {activation})")
@@ -76,10 +74,6 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"rope scaling {model.rope_scaling.kind} (runnable: {', '.join(RUNNABLE_SCALINGS)})")
     if plan.zero_stage:
         found.append(f"sharding, zero_stage={plan.zero_stage} (runnable: zero_stage=0, without shard)")
-    if again := sorted({mode for mode in plan.recompute if mode != "none"}):
-        found.append(f"recomputing, recompute={' and '.join(again)} (runnable: recompute=none)")
-    if any(plan.offload):
-        found.append("offloading, offload=True for some layers (runnable: offload=False)")
     if backend not in ("simulated", "gloo", "nccl"):
         found.append(f"the backend {backend} (runnable: simulated, gloo, nccl)")
     return tuple(found)

@@ -99,6 +99,16 @@ class SharedCollectives:
 
         return finish
 
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group, channel: int) -> Finish:
+        """Send ``input`` to the next member, and receive ``output`` from the one before."""
+        place, size = group.index(self.host.rank), input.numel() * input.element_size()
+        if group.size == 1:
+            output.copy_(input)
+            return _nothing
+        topic = self._topic(channel)
+        self.host.put(input, [group.ranks[(place + 1) % group.size]], topic, "exchange")
+        return lambda: self._read(as_elements(output), group.ranks[place - 1], topic, "exchange", size)
+
     def broadcast(self, tensor: torch.Tensor, group: Group, channel: int, source: int) -> Finish:
         """Replace ``tensor`` by that of world rank ``source``."""
         topic = self._topic(channel)

@@ -15,7 +15,10 @@ import torch
 from attrs import evolve
 
 from picotron.errors import ExecutionError
+from picotron.planner.clock import Operation as Timed
+from picotron.planner.clock import advance
 from picotron.planner.faults import Fault, link_factor
+from picotron.planner.program import HOST
 from picotron.runtime.backend import (
     Capabilities,
     Group,
@@ -25,6 +28,7 @@ from picotron.runtime.backend import (
     check_all_reduce,
     check_all_to_all,
     check_broadcast,
+    check_exchange,
     check_message,
     check_ranks,
     check_reduce_scatter,
@@ -33,7 +37,7 @@ from picotron.runtime.backend import (
 from picotron.runtime.collectives import Collectives
 from picotron.runtime.guards import CHANGED, Guard, guard
 from picotron.runtime.injection import Injection, Killed
-from picotron.runtime.ledger import Collective, Ledger, Part, Post
+from picotron.runtime.ledger import Collective, Copy, Ledger, Part, Post
 from picotron.runtime.messages import Messages
 from picotron.runtime.scheduler import Operation, Scheduler, Task, failed
 from picotron.runtime.world import World
@@ -161,6 +165,12 @@ class SimulatedBackend:
         arguments = (output, input, received, sent)
         return self._collective("all_to_all", group, agreed, arguments, (input, output))
 
+    def exchange(self, output: torch.Tensor, input: torch.Tensor, group: Group) -> Handle:
+        """Send ``input`` to the next member and receive from the one before."""
+        check_exchange(self.rank, group, output, input)
+        agreed = (input.dtype, list(input.shape))
+        return self._collective("exchange", group, agreed, (output, input), (input, output))
+
     def broadcast(self, tensor: torch.Tensor, group: Group, source: int) -> Handle:
         """Replace ``tensor`` by that of world rank ``source``."""
         check_broadcast(self.rank, group, tensor, source)
@@ -185,6 +195,17 @@ class SimulatedBackend:
         with unseen():
             self._messages.post([post for post in posts if not self._lose(post)])
         return self._handle(tuple(posts), place, guards)
+
+    def copy(self, kind: str, payload_bytes: int) -> Handle:
+        """A copy on a stream of its own, which takes what the world's prices say."""
+        place, now = self._begin()
+        copy = Copy(number=self._next_number((kind, HOST)), kind=kind, rank=self.rank)
+        price = self._world.price
+        seconds = 0.0 if price is None else price(kind, HOST, (self.rank,), payload_bytes)
+        span = advance(self.scheduler.streams, Timed(((self.rank, kind),), now, seconds))
+        self.scheduler.streams[self.rank, kind] = copy.end_seconds = span.end
+        copy.start_seconds = span.start
+        return self._handle((copy,), place, ())
 
     def barrier(self) -> None:
         """Return once every rank has called it."""

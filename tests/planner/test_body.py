@@ -382,6 +382,7 @@ def _kept(bodies: Bodies, number: int) -> dict[str, int]:
 def test_what_stays_between_the_halves() -> None:
     """Llama's products hold their inputs and output gradients; the norm's output is computed again.
 
+    Gradients of gate and up have taken their place.
     8 tokens, 8 wide, of 2 bytes; 12 columns of the MLP, 10 words; key/value heads are half of the heads.
     """
     bodies = _all_bodies(LLAMA, Topology())
@@ -390,7 +391,7 @@ def test_what_stays_between_the_halves() -> None:
     heads = {"context": hidden, "dq": hidden, "dk": hidden // 2, "dv": hidden // 2}
     assert _kept(bodies, 0) == {"token_ids": 8 * 8, "dy": hidden}
     assert _kept(bodies, 1) == norm | heads | {"dy": hidden}
-    columns = {"product": inner, "dgate": inner, "active": inner}  # active: by then the gradient of up
+    columns = {"product": inner, "gate_up": 2 * inner}
     assert _kept(bodies, 2) == norm | columns | {"dy": hidden}
     logits = {"logits": 8 * 10 * 2}  # by then their gradient; nothing comes back into the head
     assert _kept(bodies, 5) == norm | logits | {"dy": hidden}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 
 from picotron.planner.cluster import ClusterSpec
@@ -171,3 +172,31 @@ def test_timelines_compare_by_value() -> None:
     assert timeline == memory_timeline(_plan(TINY), 0)
     assert timeline != attrs.evolve(timeline, rank=1)
     assert timeline != attrs.evolve(timeline, live_bytes=timeline.live_bytes + 1)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_multiplying_while_a_sum_is_under_way_takes_no_more(sequence_parallel: bool) -> None:
+    """The gradient of the input stands earlier, when queries, keys and values are gone: never the peak."""
+    asked = {"tp": 2, "sequence_parallel": sequence_parallel}
+    apart, overlapped = (
+        memory_timeline(_plan(FOUR_LAYERS, tensor_overlap=way, **asked), 0)
+        for way in ("none", "weight_gradient")
+    )
+    assert overlapped.max_bytes <= apart.max_bytes
+    assert np.array_equal(overlapped.live_bytes, apart.live_bytes)
+
+
+def test_a_loss_in_chunks_keeps_no_logits() -> None:
+    """A vocabulary of 800 over 4 tokens, in fp32: whole logits stand after F; of 4 chunks one row at a time.
+
+    What stays is as large as the hidden states.
+    """
+    wide = TINY | {"vocab_size": 800}
+    whole, chunked = (
+        memory_timeline(_plan(wide, precision="fp32", loss_chunks=chunks), 0) for chunks in (1, 4)
+    )
+    after_head = 3  # embedding, attention, mlp, head
+    entry = int(np.flatnonzero(whole.operation == after_head)[0])
+    logits, hidden = 4 * 800 * 4, 4 * 4 * 4
+    assert whole.live_bytes[entry] - chunked.live_bytes[entry] == logits - hidden
+    assert whole.peak_bytes[entry] - chunked.peak_bytes[entry] > logits // 2

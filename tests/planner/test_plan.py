@@ -201,12 +201,34 @@ def test_a_schedule_of_ones_own() -> None:
         ),
         (1, {"sequence_parallel": True}, "sequence_parallel needs tp > 1, got tp=1; leave it out"),
         (
+            1,
+            {"tensor_overlap": "weight_gradient"},
+            "tensor_overlap=weight_gradient needs tp > 1, got tp=1; leave it out",
+        ),
+        (
+            1,
+            {"loss_chunks": 9, "seq_len": 8},
+            "loss_chunks must be at most the 8 tokens of a microbatch on a rank, got 9",
+        ),
+        (
+            2,
+            {"loss_chunks": 2, "zero_stage": 2},
+            "loss_chunks=2 adds to the table's gradient in F, where ZeRO stage 2 has no room for it; "
+            "plan with zero_stage=1 or loss_chunks=1",
+        ),
+        (
             2,
             {"tp": 2, "seq_len": 7, "sequence_parallel": True},
             "sequence parallelism needs tp to divide the 7 tokens of a microbatch, got tp=2; "
             "change micro_batch or seq_len, or plan with sequence_parallel=False",
         ),
-        (2, {"cp": 2, "seq_len": 7}, "cp must divide seq_len 7, got cp=2"),
+        (
+            2,
+            {"cp": 2, "seq_len": 7},
+            "2 * cp must divide seq_len 7, got cp=2: each rank of a ring has an early and a late chunk; "
+            "change one of the two, or plan with context=all_to_all where cp divides both seq_len and "
+            "the heads",
+        ),
         (2, {"pp": 2, "stage_layers": (4,)}, "stage_layers must give 2 stages all 4 layers, got (4,)"),
         (2, {"pp": 2, "stage_layers": (2, 1)}, "stage_layers must give 2 stages all 4 layers, got (2, 1)"),
         (2, {"pp": 2, "stage_layers": (4, 0)}, "every stage needs a layer, got stage_layers=(4, 0)"),

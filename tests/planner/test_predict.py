@@ -254,3 +254,15 @@ def test_ranks_with_as_many_experts_are_alike() -> None:
 def test_predictions_are_equal_for_equal_plans() -> None:
     """Nothing but the plan decides."""
     assert predict(_plan(devices=4, dp=2, pp=2)) == predict(_plan(devices=4, dp=2, pp=2))
+
+
+def test_a_sum_hides_under_the_weights_products() -> None:
+    """On a slow link a step that multiplies while it sums is shorter, by no more than it then computes."""
+    apart, overlapped = (
+        predict(_plan(devices=2, tp=2, sequence_parallel=False, tensor_overlap=way))
+        for way in ("none", "weight_gradient")
+    )
+    assert overlapped.payload_bytes_by_rank == apart.payload_bytes_by_rank
+    assert overlapped.compute_seconds_by_rank == pytest.approx(apart.compute_seconds_by_rank)
+    gained = apart.step_seconds - overlapped.step_seconds
+    assert 0 < gained <= apart.exposed_communication_seconds

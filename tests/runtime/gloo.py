@@ -123,7 +123,7 @@ def _has_stopped(pid: int) -> bool:
 
 
 _OPERATIONS = (
-    *("new_group", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"),
+    *("new_group", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "exchange", "broadcast"),
     *("send", "recv", "batch", "barrier", "gather_objects"),
 )
 

@@ -174,6 +174,18 @@ def all_to_all_may_leave_ranks_out(backend: Backend) -> None:
     assert output.tolist() == [2 * r, 2 * r + 1]
 
 
+def an_exchange_goes_round(backend: Backend) -> None:
+    """Each rank has what the one before sent; two at once end in their order; one alone sends to itself."""
+    n, r, group = backend.world_size, backend.rank, world(backend)
+    for dtype in DTYPES:
+        sent = [filled((2, 3), r + offset, dtype) for offset in (0, 1)]
+        received = [filled((2, 3), 0, dtype) for _ in sent]
+        handles = [backend.exchange(output, own, group) for output, own in zip(received, sent, strict=True)]
+        for offset, (handle, output) in enumerate(zip(handles, received, strict=True)):
+            handle.wait()
+            assert torch.equal(output, filled((2, 3), (r - 1) % n + offset, dtype)), dtype
+
+
 def broadcast_copies_the_source(backend: Backend) -> None:
     """Every rank has the source's tensor, whichever world rank that is."""
     group = world(backend)
@@ -550,6 +562,8 @@ def broken_rules_are_refused_at_the_door(backend: Backend) -> None:
     refused(lambda: backend.all_to_all(torch.ones(n), ones, group, None, [2] * n), "input sizes", f"{n} rows")
     refused(lambda: backend.all_to_all(ones, ones, group), "different memory")
     refused(lambda: backend.all_to_all(torch.ones(n, 2), ones, group), "every dim but 0")
+    refused(lambda: backend.exchange(ones, ones, group), rank, "exchange", "different memory")
+    refused(lambda: backend.exchange(torch.ones(n + 1), ones, group), "exchange", "one shape")
     refused(lambda: backend.broadcast(ones, group, n), rank, "broadcast", "source", str(n))
     refused(lambda: backend.send(ones, n), rank, "send", "peer", str(n))
     refused(lambda: backend.recv(ones, backend.rank), rank, "recv", "another rank")
@@ -573,6 +587,7 @@ CASES = (
     all_gather_concatenates_in_group_order,
     reduce_scatter_gives_each_rank_its_part,
     reduce_scatter_may_write_into_its_input,
+    an_exchange_goes_round,
     all_to_all_transposes,
     all_to_all_takes_uneven_parts,
     all_to_all_may_leave_ranks_out,

@@ -60,6 +60,10 @@ CASES: dict[str, Case] = {
     ),
     "dp2 tp2": ({"family": "qwen2"}, FP32, {"dp": 2, "tp": 2, "sequence_parallel": True}),
     "dp2 pp2 afab": ({"family": "gpt2", "tied": True}, FP32, {"dp": 2, "pp": 2, "schedule": "afab"}),
+    "cp2": ({"family": "llama"}, FP32, {"cp": 2, "micro_batch": 2}),
+    "cp2 tp2 sp": ({"family": "gpt2"}, {}, {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    "cp2 by head": ({"family": "qwen3"}, {}, {"cp": 2, "context": "all_to_all", "micro_batch": 2}),
+    "dp2 cp4": ({"family": "qwen2"}, {**FP32, "global_batch": 4}, {"dp": 2, "cp": 4}),
     "dp5": ({"family": "llama"}, {"global_batch": 10}, {"dp": 5}),
     "dp2 pp3": ({"family": "qwen3", "layers": 3}, {}, {"dp": 2, "pp": 3}),
     "dp2 tp2 adamw": (
@@ -82,6 +86,18 @@ CASES: dict[str, Case] = {
     ),
     "dp2 pp2 bf16": ({"family": "llama"}, {"precision": "bf16", "reduce_dtype": "bf16"}, {"dp": 2, "pp": 2}),
     "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
+    "pp2 tp2 sp zb-h1 recomputed": (
+        {"family": "llama", "layers": 4, "tied": True},
+        {"precision": "fp32"},
+        {
+            "pp": 2,
+            "tp": 2,
+            "sequence_parallel": True,
+            "schedule": "zb-h1",
+            "recompute": ("full", "none", "selective", "full"),
+            "offload": (True, True, False, True),
+        },
+    ),
     "dp2 pp2 tp2 interleaved": (
         {"family": "gpt2", "layers": 4, "tied": True},
         {"global_batch": 6},
@@ -104,10 +120,20 @@ CASES: dict[str, Case] = {
     ),
 }
 
-SOCKETS = ("dp2 tp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run once more without shared memory
+SOCKETS = ("dp2 tp2", "cp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run once more without shared memory
 
 # Cases whose later steps have their memory measured.
-MEASURED = ("dp2", "pp2", "dp2 pp2 bf16", "tp3", "pp4 zb-v", "dp2 pp2 tp2 sp")
+MEASURED = (
+    "dp2",
+    "pp2",
+    "dp2 pp2 bf16",
+    "tp3",
+    "cp2",
+    "cp2 by head",
+    "pp4 zb-v",
+    "pp2 tp2 sp zb-h1 recomputed",
+    "dp2 pp2 tp2 sp",
+)
 
 
 def made(name: str) -> TrainingPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from picotron.planner.model import RopeScaling
 from picotron.runtime.kernels import (
     Attention,
+    Island,
     LayerNorm,
     RmsNorm,
     rotary_tables,
@@ -184,6 +186,37 @@ def test_a_context_outlives_its_island() -> None:
         del attention, gradients
         assert tracker.live_bytes == context.nbytes
     assert context.tolist() == before
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_an_island_is_the_kernel_that_torch_chooses(kv_heads: int) -> None:
+    """Its output and gradients are those of the kernel called by name, from tensors put in its place."""
+    parts = [random(2, 8, heads, 6, seed=seed) for seed, heads in enumerate((4, kv_heads, kv_heads))]
+    grad = random(16, 24, seed=3)
+    island, kernel = (Attention(*(part.clone() for part in parts)) for _ in range(2))
+    island._kernel = Island()
+    island.drop()
+    with torch.no_grad():
+        island.run()
+    assert island.context().equal(kernel.context())
+    again = copy(island)
+    again.tensors = [tensor.clone() for tensor in island.tensors]
+    for tensor in island.tensors:
+        tensor.zero_()
+    for ours, theirs in zip(again.backward(grad), kernel.backward(grad), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_an_islands_graph_holds_no_tensor() -> None:
+    """Without its tensors nothing is live, though it can still be run backward with others."""
+    with MemoryTracker() as tracker:
+        q = random(1, 8, 2, 4)
+        attention = Attention(q, q.clone(), q.clone())
+        attention._kernel, kept = (island := Island()), attention.tensors[:3]
+        attention.tensors = [*kept, *island.forward(*kept)]
+        del q, kept
+        attention.tensors.clear()
+        assert tracker.live_bytes == 0
 
 
 def test_ids_outside_a_slice_are_masked() -> None:

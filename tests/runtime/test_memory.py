@@ -171,6 +171,12 @@ def plans() -> dict[str, TrainingPlan]:
         "qwen3 dualpipe-v": tiny_plan(
             tiny_model("qwen3", layers=4), tiny_workload(global_batch=5), pp=2, schedule="dualpipe-v"
         ),
+        "llama saving": tiny_plan(
+            tiny_model("llama", layers=3),
+            tiny_workload(global_batch=2),
+            recompute=("full", "selective", "none"),
+            offload=(True, False, True),
+        ),
         "qwen2 fp32 dp2 adamw": tiny_plan(
             tiny_model("qwen2"), tiny_workload(precision="fp32", **adamw), dp=2
         ),
@@ -178,7 +184,7 @@ def plans() -> dict[str, TrainingPlan]:
 
 
 SEVERAL = ("llama zb-v", "gpt2 interleaved-zb", "qwen3 dualpipe-v")
-NAMES = (*SEVERAL, "gpt2 dp2 pp2", "llama tp2", "qwen3 pp2 adamw", "qwen2 fp32 dp2 adamw")
+NAMES = (*SEVERAL, "llama saving", "gpt2 dp2 pp2", "llama tp2", "qwen3 pp2 adamw", "qwen2 fp32 dp2 adamw")
 
 
 def train(name: str, **settings: Any) -> pt.Measurement:

@@ -8,6 +8,7 @@ import pytest
 
 from picotron.planner.catalogue import SCHEDULES, make_schedule
 from picotron.planner.pipeline import schedule_from_csv
+from picotron.planner.recompute import MODES
 from property_tests.strategies_runtime import degree_triples
 from tests.runtime.models import (
     FAMILIES,
@@ -77,7 +78,8 @@ SINGLE = [name for name, row in SCHEDULES.items() if not row.bidirectional]
 def test_every_schedule(name: str, pp: int) -> None:
     """Fewer microbatches than ranks, and a number that they do not divide; with dp or tp where ranks allow.
 
-    Family, tied embeddings and sequence parallelism change from case to case.
+    Family, tied embeddings, sequence parallelism, and what layers recompute and offload, change from case to
+    case.
     """
     number = SINGLE.index(name) + pp
     for num_microbatches, tied in ((max(1, pp - 1), number % 2 == 0), (pp + 1, number % 2 == 1)):
@@ -85,9 +87,13 @@ def test_every_schedule(name: str, pp: int) -> None:
         dp, tp = [(1, 1), (2, 1), (1, 2), (2, 2)][number % 4] if pp <= 2 else (1, 1)
         model = {"family": FAMILIES[number // 2 % 4], "layers": max(2, stages), "tied": tied}
         work = {"global_batch": dp * num_microbatches}
-        assert_parity(
-            model, work, {"dp": dp, "pp": pp, "tp": tp, "schedule": name, "virtual_stages": None}, steps=2
-        )
+        layers = range(number, number + model["layers"])
+        saving = {
+            "recompute": tuple(MODES[layer % 3] for layer in layers),
+            "offload": tuple(layer % 4 == 0 for layer in layers),
+        }
+        parallel = {"dp": dp, "pp": pp, "tp": tp, "schedule": name, "virtual_stages": None}
+        assert_parity(model, work, parallel | saving, steps=2)
 
 
 @pytest.mark.parametrize("virtual_stages", [1, 3])
@@ -191,3 +197,13 @@ def test_the_interleaving_of_the_ranks_changes_no_bit(seed: int) -> None:
         assert [result.loss for result in one.results] == [result.loss for result in other.results]
         for ours, theirs in zip(one.gradients, other.gradients, strict=True):
             assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_beside_products_and_losses_in_chunks(family: str, sequence_parallel: bool) -> None:
+    """With backwards whole and in halves, buckets that end between projections, and chunks of two sizes."""
+    parallel = {"tp": 2, "sequence_parallel": sequence_parallel, "tensor_overlap": "weight_gradient"}
+    for schedule in ("1f1b", "zb-h1"):
+        more = {"micro_batch": 2, "loss_chunks": 3, "bucket_bytes": 1, "schedule": schedule}
+        assert_parity({"family": family, "tied": True}, {"global_batch": 4}, parallel | more, steps=2)

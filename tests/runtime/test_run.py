@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 
 from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
@@ -18,6 +19,8 @@ from picotron.planner.model import ModelSpec
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.predict import predict
 from picotron.planner.program import execution_order, rows
+from picotron.planner.simulate import simulate_step
+from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import coordinate
 from picotron.runtime.pipeline import Session, StepResult
 from picotron.runtime.run import Measurement, run, unsupported
@@ -140,6 +143,19 @@ def test_the_interleaving_is_no_part_of_the_result(made: TrainingPlan, measureme
     assert again.grad_norms == measurement.grad_norms
 
 
+def test_copies_to_a_slow_host_take_the_predicted_time() -> None:
+    """Every row, on either rank; beside computing that is shorter than they are."""
+    made = tiny_plan(tiny_model("llama", layers=4), pp=2, schedule="zb-h1", recompute="full", offload=True)
+    device = evolve(made.cluster.device, host_bytes_per_second=1e6)
+    made = evolve(made, cluster=evolve(made.cluster, device=device))
+    measured, planned = run(made, random_samples(67, 8), steps=1), simulate_step(made).timeline
+    for column in ("rank", "row", "start", "end"):
+        np.testing.assert_array_equal(getattr(measured.timeline, column), getattr(planned, column))
+    copies = planned.stream == STREAMS.index("copy")
+    assert copies.sum() == 2 * 2 * made.num_microbatches
+    assert (planned.end - planned.start)[copies] == pytest.approx(2 * made.dims().local_bytes / 1e6)
+
+
 def test_text_on_disk_is_trained_on(tmp_path: Path) -> None:
     """A path is read as bytes; a model that covers them learns a text of two letters in 20 steps."""
     (tmp_path / "text.txt").write_text("ab" * 200)
@@ -180,8 +196,6 @@ REFUSED: dict[str, tuple[Callable[[], TrainingPlan], str]] = {
     ),
     "plain silu": (lambda: refused(config=tiny_config("gpt2", activation_function="silu")), "activation"),
     "sharding": (lambda: refused(zero_stage=1), "zero_stage=1"),
-    "recomputing": (lambda: refused(recompute="full"), "recompute=full"),
-    "offloading": (lambda: refused(offload=True), "offload=True"),
 }
 
 

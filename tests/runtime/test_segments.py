@@ -314,7 +314,7 @@ def test_weight_gradients_may_wait_and_take_what_is_planned(
 
 
 def test_what_a_gated_mlp_leaves_for_its_weights() -> None:
-    """Three products: the saved one with dy, and two with the norm, whose input and statistics stay."""
+    """Two products: the saved one with dy, gate's and up's with the norm, whose input and statistics stay."""
     made = planned("llama")
     x, dy = random(BATCH * SEQ_LEN, 24), random(BATCH * SEQ_LEN, 24, seed=1)
 
@@ -332,8 +332,7 @@ def test_what_a_gated_mlp_leaves_for_its_weights() -> None:
         {"x", "statistics", "products"},
         [
             ("down_proj.weight", (16, 24), False),
-            ("gate_proj.weight", (16, 16), True),
-            ("up_proj.weight", (16, 16), True),
+            ("gate_up", (2, 16, 16), True),
         ],
         True,
         {},

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from picotron.planner.context import CONTEXTS
 from picotron.planner.model import ModelSpec
+from picotron.planner.plan import TrainingPlan
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import DeviceTokens, HostBatch, step_batches
-from picotron.runtime.layout import WeightSource, given_weights
+from picotron.runtime.layout import WeightSource, assemble, given_weights
 from picotron.runtime.pipeline import Session
 from picotron.runtime.segments import Head
 from picotron.runtime.simulated import simulate
@@ -86,6 +88,19 @@ def one_rank(
     return *simulate(main, 1)[0], batches
 
 
+def by_ranks(made: TrainingPlan, weights: WeightSource) -> tuple[float, Gradients]:
+    """The loss and gradients of a step of many ranks."""
+    data = random_samples(made.model.vocab_size, SEQ_LEN, ragged=True)
+
+    def main(backend: Backend) -> tuple[float, Gradients]:
+        session = Session(made, backend, weights)
+        result = session.step(step_batches(made, data, consumed=0, dp_index=session.where.dp))
+        return result.loss, session.gradients
+
+    reports = simulate(main, made.topology.world_size)
+    return reports[0][0], assemble(made, [gradients for _, gradients in reports])
+
+
 def logits_of(session: Session, batch: HostBatch) -> torch.Tensor:
     """[sequences, s, vocabulary] of a single-rank session."""
     *body, head = session.runners
@@ -142,6 +157,21 @@ def test_a_model_in_bf16_is_as_near_as_transformers(variant: str) -> None:
     assert abs(loss - exact_loss) <= 1.5 * abs(their_loss - exact_loss) + 2e-3 * exact_loss
     found, allowed = gradient_errors(gradients, exact), gradient_errors(their_gradients, exact)
     assert max(found.values()) <= 1.5 * max(allowed.values())
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_cut_sequence_is_transformers(context: str) -> None:
+    """Loss and every gradient of two ranks that share sequences, within 1e-5 in fp32."""
+    config = tiny_config("llama")
+    model = causal_lm(config)
+    weights = given_weights({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    spec = ModelSpec.from_hf(config)
+    work = tiny_workload(global_batch=SEQUENCES, seq_len=SEQ_LEN, precision="fp32")
+    made = tiny_plan(spec, work, cp=2, micro_batch=2, context=context)
+    loss, gradients = by_ranks(made, weights)
+    _, expected_loss, expected = theirs(model, one_rank(spec, weights, "fp32")[-1])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert max(gradient_errors(gradients, expected).values()) <= 1e-5
 
 
 def test_gpt2_is_transformers_to_the_last_digits() -> None:

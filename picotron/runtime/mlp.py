@@ -1,0 +1,110 @@
+"""MLP segments, with a gate (llama, qwen2, qwen3) or without (gpt2); backward computes the activation again.
+
+Gate and up are made by one product, [2, T, intermediate]; in backward their gradients take their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from picotron.planner.model import Segment
+from picotron.runtime.fused import EqualProjections
+from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
+
+
+class GatedMlp(SegmentRunner):
+    """silu(gate) * up, then down (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, context: Context, segment: Segment) -> None:
+        super().__init__(context, segment)
+        self.gate_up = EqualProjections(["gate_proj", "up_proj"], self.w, self.d)
+        self.projections["gate_up"] = self.gate_up
+
+    def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
+        """(y, saved)."""
+        saved: Saved = {}
+        source = self._normed(x, saved)
+        saved["gate_up"] = self.gate_up.output(source)
+        del source
+        gate, up = saved["gate_up"].unbind()
+        product = functional.silu(gate).mul_(up)
+        part = self._output_product(x, product, self.w["down_proj.weight"].t())
+        del gate, up, product
+        y = self._residual(x, part)
+        return (y.add_(self.w["down_proj.bias"]) if "down_proj.bias" in self.w else y), saved
+
+    def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of x."""
+        gate_up = saved.pop("gate_up")
+        gate, up = gate_up.unbind()
+        active = functional.silu(gate)
+        product = active * up
+        self._add_bias_gradient("down_proj.bias", dy)
+        full = self.context.gather(dy)
+        self._add_product(saved, "down_proj.weight", full, product)
+        del product
+        dproduct = torch.mm(full, self.w["down_proj.weight"])
+        del full
+        up.mul_(dproduct)  # the gradient of the activation, for a moment
+        torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
+        torch.mul(active, dproduct, out=up)
+        del active, dproduct, gate, up
+        gradients = [gate_up]
+        del gate_up
+        dnormed = self._input_backward(saved, gradients)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.gate_up.input_gradient(gradients[0].unbind())
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "gate_up", gradients[0], source)
+        self.gate_up.add_bias_gradient(gradients[0].unbind())
+
+
+class PlainMlp(SegmentRunner):
+    """gelu(fc), then proj, in Conv1D orientation (gpt2)."""
+
+    conv1d = True
+
+    def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
+        """(y, saved)."""
+        saved: Saved = {}
+        source = self._normed(x, saved)
+        saved["fc"] = torch.addmm(self.w["c_fc.bias"], source, self.w["c_fc.weight"])
+        del source
+        active = functional.gelu(saved["fc"], approximate="tanh")
+        part = self._output_product(x, active, self.w["c_proj.weight"])
+        del active
+        return self._residual(x, part).add_(self.w["c_proj.bias"]), saved
+
+    def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of x."""
+        fc = saved.pop("fc")
+        active = functional.gelu(fc, approximate="tanh")
+        self._add_bias_gradient("c_proj.bias", dy)
+        full = self.context.gather(dy)
+        self._add_product(saved, "c_proj.weight", full, active)
+        del active
+        dactive = torch.mm(full, self.w["c_proj.weight"].t())
+        del full
+        torch.ops.aten.gelu_backward.grad_input(dactive, fc, approximate="tanh", grad_input=fc)
+        del dactive
+        gradients = [fc]
+        del fc
+        dnormed = self._input_backward(saved, gradients)
+        return self._norm_backward(saved, dnormed).add_(dy)
+
+    def _input_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.mm(gradients[0], self.w["c_fc.weight"].t())
+
+    def _weight_gradients(
+        self, saved: Saved, gradients: Sequence[torch.Tensor], source: torch.Tensor | None
+    ) -> None:
+        self._add_product(saved, "c_fc.weight", gradients[0], source)
+        self._add_bias_gradient("c_fc.bias", gradients[0])
