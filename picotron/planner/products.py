@@ -26,7 +26,7 @@ def residual(ops: Operations, *, biased: bool = False) -> None:
 
 def bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:
     """The sum over tokens that is a bias's gradient."""
-    small = ops.tensor(f"{name} dbias", width)
+    small = ops.tensor(f"{name} dbias", width, itemsize=ops.d.statistics_itemsize)
     ops.kernel(f"{name} bias", tokens * width, passes=1, kernels=2, creates=[small], frees=[small])
 
 

@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 
+from picotron.runtime.kernels import add_product, adds_products, statistics_dtype
+
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The rows of all ``parts`` as one tensor without a copy; None where they do not follow each other."""
@@ -79,13 +81,13 @@ class Projections:
     def add_weight_gradient(self, gradients: Sequence[torch.Tensor], source: torch.Tensor) -> None:
         """Add the products of ``gradients``, [T, out] each, and ``source`` to the weights' gradients."""
         for gradient, part in zip(gradients, self._parts("weight", gradient=True)[0], strict=True):
-            part.addmm_(gradient.t(), source)
+            add_product(part, gradient.t(), source)
 
     def add_bias_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
         """Add the sums of ``gradients`` over tokens to the biases' gradients, if there are biases."""
         if self.has_bias:
             for gradient, part in zip(gradients, self._parts("bias", gradient=True)[0], strict=True):
-                part.add_(gradient.sum(0))
+                part.add_(gradient.sum(0, dtype=statistics_dtype(gradient.dtype)))
 
 
 class EqualProjections(Projections):
@@ -112,8 +114,13 @@ class EqualProjections(Projections):
         self, gradients: torch.Tensor | Sequence[torch.Tensor], source: torch.Tensor
     ) -> None:
         """Add the products of ``gradients`` [projections, T, out] and ``source`` to the gradients."""
-        _, whole = self._parts("weight", gradient=True)
-        if whole is None or not isinstance(gradients, torch.Tensor):
+        parts, whole = self._parts("weight", gradient=True)
+        if isinstance(gradients, torch.Tensor) and adds_products(parts[0], source):
+            product = torch.bmm(gradients.transpose(1, 2), self._each(source))
+            for part, plane in zip(parts, product.unbind(), strict=True):
+                part.add_(plane)
+            return
+        if whole is None or not isinstance(gradients, torch.Tensor) or whole.dtype != source.dtype:
             super().add_weight_gradient([*gradients], source)
             return
         stacked = whole.view(len(gradients), -1, source.shape[1])
