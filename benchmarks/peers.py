@@ -152,6 +152,7 @@ class PlainTrainer:
     """One process; microbatches accumulate their gradients."""
 
     def __init__(self, plan: TrainingPlan) -> None:
+        self.plan = plan
         module = self._made(plan)
         self.module: nn.Module = self._wrapped(module)
         self.optimizer = adamw(module, plan.workload)
@@ -168,15 +169,15 @@ class PlainTrainer:
     def step(self, batches: Sequence[HostBatch]) -> float:
         """The mean loss of one step over ``batches``, all labels of which count."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(())
+        total = 0.0
         for index, batch in enumerate(batches):
             ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
             with self._backward_scope(last=index == len(batches) - 1):
                 loss = self.module(ids, targets) / len(batches)
                 loss.backward()
-            total += loss.detach()
+            total += loss.item()
         self.optimizer.step()
-        return total.item()
+        return total
 
     def measured_step(self, batches: Sequence[HostBatch]) -> tuple[float, int]:
         """A step's loss and its peak of live bytes."""

@@ -64,6 +64,13 @@ _ENGINE_NAMES = {
     "threaded-ddp": "DDP, threads of one process",
     "threaded-tp": "PyTorch tensor parallel, threads of one process",
     "torch-pipeline": "torch.distributed.pipelining",
+    "sockets": "Picotron, gloo without shared memory",
+    "dtensor": "DTensor",
+    "fsdp": "FSDP2",
+    "torch-1f1b": "torch.distributed.pipelining",
+    "torch-cube": "FSDP2, pipelining and DTensor",
+    "deepspeed": "DeepSpeed",
+    "original": "the original picotron",
 }
 
 
@@ -89,12 +96,13 @@ class Side:
         axes = ("dp", "pp", "cp", "tp")
         degrees = " ".join(f"{axis}{n}" for axis in axes if (n := self.parallel.get(axis)))
         sequence = ", sequence parallel" if self.parallel.get("sequence_parallel") else ""
+        sharded = f", ZeRO-{stage}" if (stage := self.parallel.get("zero_stage")) else ""
         sequence += ", attention by heads" if self.parallel.get("context") == "all_to_all" else ""
         schedule = f" {name}" if (name := self.parallel.get("schedule")) else ""
         saving = f", recompute {mode}" if (mode := self.parallel.get("recompute")) else ""
         saving += ", offloading" if self.parallel.get("offload") else ""
         return (
-            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}{saving}, "
+            f"{engine}{' ' if degrees else ''}{degrees}{schedule}{sequence}{sharded}{saving}, "
             f"microbatch {self.parallel['micro_batch']}"
         )
 

@@ -98,6 +98,7 @@ def trainings(
     draw: st.DrawFn,
     *,
     optimizers: tuple[str, ...] = ("sgd",),
+    precisions: tuple[str, ...] = ("fp64", "fp32"),
     max_ranks: int = MAX_RANKS,
     least_batch: int = 1,
 ) -> Training:
@@ -121,6 +122,7 @@ def trainings(
             global_batch=dp * micro_batch * num_microbatches,
             seq_len=unit * draw(st.integers(-(-8 // unit), max(-(-8 // unit), 16 // unit))),
             optimizers=optimizers,
+            precisions=precisions,
         )
     )
     modes, flags = st.sampled_from(MODES), st.booleans()
@@ -150,13 +152,22 @@ def trainings(
 
 @st.composite
 def workloads(
-    draw: st.DrawFn, *, global_batch: int, seq_len: int, optimizers: tuple[str, ...] = ("sgd",)
+    draw: st.DrawFn,
+    *,
+    global_batch: int,
+    seq_len: int,
+    optimizers: tuple[str, ...] = ("sgd",),
+    precisions: tuple[str, ...] = ("fp64", "fp32"),
 ) -> Workload:
-    """In either precision, with and without clipping and decay."""
+    """In any of the precisions, with and without clipping and decay; bf16 with gradients of every format."""
+    precision = draw(st.sampled_from(precisions))
+    formats = st.sampled_from([None, "bf16", "fp32"]) if precision == "bf16" else st.none()
     return tiny_workload(
         global_batch=global_batch,
         seq_len=seq_len,
-        precision=draw(st.sampled_from(["fp64", "fp32"])),
+        precision=precision,
+        gradient_dtype=draw(formats),
+        reduce_dtype=draw(formats),
         optimizer=draw(st.sampled_from(optimizers)),
         max_grad_norm=draw(st.sampled_from([0.0, 1.0])),
         weight_decay=draw(st.sampled_from([0.0, 0.1])),

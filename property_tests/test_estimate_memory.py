@@ -290,12 +290,15 @@ def test_the_timeline_of_the_same_plan(made: TrainingPlan) -> None:
     """Weights and their state exactly; the fullest moment within what the pipeline has on its way.
 
     That is three tensors between stages where a backward is whole; where it is split, a fifth of all.
+    The timeline is a GPU's, which adds 16-bit products to gradients in one kernel.
     """
     software = software_columns(software_profile("picotron"), "hopper")
     case = cases_of_plan(made, software)
     found = estimate_bytes(case)
     ranks = [Coordinate(pp=position) for position in range(made.topology.pp)]
-    timelines = [memory_timeline(made, rank_of(made.topology, where)) for where in ranks]
+    gpu = attrs.evolve(made.cluster, device=attrs.evolve(made.cluster.device, kind="cuda"))
+    on_gpu = attrs.evolve(made, cluster=gpu)
+    timelines = [memory_timeline(on_gpu, rank_of(made.topology, where)) for where in ranks]
     most = max(timeline.max_bytes for timeline in timelines)
     whole = made.schedule_name in WHOLE_BACKWARD
     apart = 3 * made.dims().local_bytes + 4000 if whole else most / 5

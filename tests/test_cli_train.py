@@ -70,13 +70,17 @@ def test_a_bad_request_is_one_line_and_code_2(
 
 
 def test_a_plan_that_cannot_run_yet_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A mixture of experts in bf16 is priced, and both reasons are told before anything opens."""
+    """A mixture of experts in fp16 is priced, and both reasons are told before anything opens."""
     cluster = pt.ClusterSpec.preset("h100")
-    plan = pt.plan(pt.ModelSpec.from_hf("mixtral-8x7b"), cluster, pt.Workload(global_batch=8, seq_len=64))
+    plan = pt.plan(
+        pt.ModelSpec.from_hf("mixtral-8x7b"),
+        cluster,
+        pt.Workload(global_batch=8, seq_len=64, precision="fp16"),
+    )
     pt.save_plan(plan, tmp_path / "plan.json")
     assert main(["train", str(tmp_path / "plan.json"), "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert "the family mixtral" in err and "precision bf16" in err
+    assert "the family mixtral" in err and "precision fp16" in err
     assert not (tmp_path / "run").exists()
 
 

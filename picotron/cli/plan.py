@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from attrs import NOTHING, fields
 
@@ -90,6 +90,9 @@ WORKLOAD_HELP = {
     "decay_steps": "step at which the learning rate has fallen to its least (0: it stays)",
     "min_learning_rate_ratio": "the least learning rate, as a share of the highest",
     "max_grad_norm": "gradients are clipped to this norm (0: they are not)",
+    "gradient_dtype": "what gradients are accumulated in (default: fp32, and fp64 in fp64)",
+    "reduce_dtype": "what gradients travel in between ranks (default: as they are kept)",
+    "max_skipped_steps": "steps in a row without a finite loss that are passed over; one more ends the run",
     "seed": "of the initial weights and the order of samples",
 }
 
@@ -128,14 +131,16 @@ def add_workload(group: Any) -> None:
             _flag(attribute.name),
             required=required,
             default=argparse.SUPPRESS,
-            help=words if required else f"{words} (default {attribute.default})",
+            help=words if required or attribute.default is None else f"{words} (default {attribute.default})",
             **_accepted(types[attribute.name]),
         )
 
 
 def _accepted(kind: Any) -> dict[str, Any]:
-    """What argparse must know of a field's type: a number's, or the names of a Literal."""
-    return {"type": kind, "metavar": "N"} if get_origin(kind) is None else {"choices": get_args(kind)}
+    """What argparse must know of a field's type: a number's, or the names of a Literal (or None)."""
+    if get_origin(kind) is None:
+        return {"type": kind, "metavar": "N"}
+    return {"choices": get_args(kind if get_origin(kind) is Literal else get_args(kind)[0])}
 
 
 def _flag(name: str) -> str:

@@ -62,6 +62,13 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=("simulated", "gloo", "nccl"),
         help="default: simulated; under torchrun nccl with a GPU for each process, else gloo",
     )
+    parser.add_argument(
+        "--timeout-seconds",
+        type=float,
+        metavar="S",
+        help="how long one operation may take (default: 600; of simulated ranks, the whole run: no limit); "
+        "a rank that dies ends the others within 6 s, whatever this says",
+    )
     simulated = parser.add_argument_group("simulated ranks only")
     simulated.add_argument(
         "--seed", type=int, default=0, help="which interleaving the ranks take (default: 0)"
@@ -127,6 +134,7 @@ def _execute(arguments: argparse.Namespace) -> None:
         raise PlanError("under torchrun every rank must have the same plan, got none; name a plan's file")
     _check_torch()
     from picotron.runtime.compare import compare
+    from picotron.runtime.record import finite_or_none
     from picotron.runtime.train import check_request, new_run_folder, train
     from picotron.runtime.weights import saved_weights
 
@@ -171,13 +179,17 @@ def _execute(arguments: argparse.Namespace) -> None:
             {
                 "folder": str(folder),
                 "fingerprint": fingerprint(chosen),
-                "first_loss": measurement.losses[0],
-                "last_loss": measurement.losses[-1],
+                "first_loss": finite_or_none(measurement.losses[0]),
+                "last_loss": finite_or_none(measurement.losses[-1]),
+                "skipped_steps": list(measurement.skipped),
                 "promises_kept": comparison.promises_kept,
             }
         )
         return
     write_out(f"\nloss {measurement.losses[0]:.4f} -> {measurement.losses[-1]:.4f} nat\n")
+    if measurement.skipped:
+        which = ", ".join(map(str, measurement.skipped))
+        write_out(f"steps skipped, their loss or gradient norm not being finite: {which}\n")
     write_out(f"predicted beside measured (step {measurement.measured_step}):\n{comparison}")
     write_out(f"\neverything is in {folder}; the plan runs unchanged on processes of its own:")
     world = chosen.topology.world_size
@@ -185,11 +197,12 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 
 def _world(arguments: argparse.Namespace) -> dict[str, object]:
-    """What was asked of simulated ranks."""
+    """What was asked of the world that the ranks are in."""
     asked = {
         "semantics": arguments.semantics,
         "faults": [fault_from_text(text) for text in arguments.fault],
         "memory_bytes": arguments.memory_bytes,
+        "timeout_seconds": arguments.timeout_seconds,
     }
     return {name: value for name, value in asked.items() if value is not None and value != []}
 
@@ -219,10 +232,11 @@ def _progress(steps: int) -> Report:
         text = (
             f"step {done:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  "
             f"grad norm {result.grad_norm:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left"
+            f"{'  skipped' if result.skipped else ''}"
         )
         if live:
             print(f"\r{text:<90}", end="\n" if done == steps else "", file=sys.stderr, flush=True)
-        elif done == 1 or done % 10 == 0 or done == steps:
+        elif result.skipped or done == 1 or done % 10 == 0 or done == steps:
             print(text, file=sys.stderr, flush=True)
 
     return report

@@ -67,7 +67,8 @@ def _read(ops: Operations) -> list[Tensor]:
 
 def _head_norm_tensors(ops: Operations, name: str, heads: int) -> tuple[Tensor, Tensor]:
     d = ops.d
-    return ops.saved(f"{name}_inverse", d.tokens * heads), ops.saved(name, d.tokens * heads * d.head_dim)
+    inverse = ops.saved(f"{name}_inverse", d.tokens * heads, itemsize=d.statistics_itemsize)
+    return inverse, ops.saved(name, d.tokens * heads * d.head_dim)
 
 
 def _rotate(ops: Operations, name: str, elements: int) -> None:

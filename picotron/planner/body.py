@@ -147,6 +147,8 @@ class Dims:
     tp: int
     sequence_parallel: bool
     itemsize: int
+    gradient_itemsize: int = 0  # of weight gradients; 0: as ``itemsize``
+    adds_products: bool = False  # weight products are made in the compute format, then added to the gradient
     loss_chunks: int = 1  # in which the loss takes the tokens
     tensor_overlap: TensorOverlap = "none"
 
@@ -172,8 +174,13 @@ class Dims:
 
     @property
     def statistics_itemsize(self) -> int:
-        """Bytes of a softmax statistic: never below fp32."""
+        """Bytes of what is summed over many elements (softmax, norms, rotations): never below fp32."""
         return max(4, self.itemsize)
+
+    @property
+    def casts_gradients(self) -> bool:
+        """Whether gradients are accumulated in another format than they are computed in."""
+        return self.gradient_itemsize not in (0, self.itemsize)
 
 
 def dims(
@@ -184,6 +191,8 @@ def dims(
     seq_len: int,
     sequence_parallel: bool,
     itemsize: int,
+    gradient_itemsize: int = 0,
+    adds_products: bool = False,
     tp_index: int = 0,
     context: ContextParallel = "ring",
     loss_chunks: int = 1,
@@ -214,6 +223,8 @@ def dims(
         tp=tp,
         sequence_parallel=sequence_parallel,
         itemsize=itemsize,
+        gradient_itemsize=gradient_itemsize,
+        adds_products=adds_products,
         loss_chunks=loss_chunks,
         tensor_overlap=tensor_overlap,
     )

@@ -31,8 +31,8 @@ from picotron.planner.workload import FORMATS, MOMENTS, Workload
 
 
 def work_columns(work: Workload) -> WorkColumns:
-    """The columns of one workload, each of shape (). Gradients travel as they are kept."""
-    form = FORMATS[work.precision]
+    """The columns of one workload, each of shape ()."""
+    form = work.format
     product = work.precision if work.precision in PRODUCT_FORMATS else form.product
     return columns(
         WorkColumns,
@@ -42,7 +42,7 @@ def work_columns(work: Workload) -> WorkColumns:
             "compute_bytes": form.compute,
             "product_format": PRODUCT_FORMATS.index(product),
             "gradient_bytes": form.gradient,
-            "wire_bytes": form.gradient,
+            "wire_bytes": form.reduce,
             "main_bytes": form.main,
             "moment_bytes": MOMENTS[work.optimizer] * form.moment,
             "trained_head": 1,

@@ -31,7 +31,7 @@ from picotron.planner.segment_costs import CollectiveCost as CollectiveCost
 from picotron.planner.segment_costs import SegmentCost as SegmentCost
 from picotron.planner.segment_costs import StageCost as StageCost
 from picotron.planner.segment_costs import of_kind as of_kind
-from picotron.planner.sharding import OPTIMIZER
+from picotron.planner.sharding import GRADIENTS, OPTIMIZER
 from picotron.planner.topology import Coordinate, group_size, groups
 from picotron.planner.workload import MOMENTS
 
@@ -239,6 +239,11 @@ def _optimizer_seconds(plan: TrainingPlan, num_elements: int, num_tensors: int) 
         return num_elements * measured.update_element_seconds + num_tensors * measured.update_tensor_seconds
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     per_element = 5 * form.gradient + 2 * (form.compute + form.main + moments * form.moment)
+    if form.gradient < form.main:  # the optimizer reads a copy
+        per_element += form.gradient + 2 * form.main
+    if form.reduce != form.gradient and plan.topology.world_size > 1:  # copied to travel, and back
+        sums = plan.num_microbatches if plan.zero_stage >= GRADIENTS else 1
+        per_element += 2 * sums * (form.gradient + form.reduce)
     return (
         num_elements * per_element / (device.memory_bytes_per_second * reached.memory)
         + 2 * num_tensors * reached.kernel_seconds

@@ -65,11 +65,24 @@ def embedding_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     """Embedding, backward: weight gradients alone."""
     d, incoming, ids = ops.d, ops.g(1), _token_ids(ops)
     if model.rope_theta is None:
-        ops.kernel("position gradient", d.local_tokens * d.hidden, passes=3, reads=[incoming])
+        wide = _wide(ops, "wide position gradient", d.local_tokens)
+        reads = [incoming, *wide]
+        ops.kernel(
+            "position gradient", d.local_tokens * d.hidden, passes=3, creates=wide, frees=wide, reads=reads
+        )
     full = ops.gathered("gather gradient", incoming, keep=True, for_weights=True)
     masks = _vocabulary_masks(ops, d.tokens, reads=[ids]) if d.tp > 1 else []
     held = [*dict.fromkeys((full, incoming)), *masks, ids]
-    ops.kernel("table gradient", d.tokens * d.hidden, passes=3, frees=held, reads=held)
+    wide = _wide(ops, "wide gradient", d.tokens)
+    ops.kernel(
+        "table gradient", d.tokens * d.hidden, passes=3, creates=wide, frees=[*wide, *held], reads=held
+    )
+
+
+def _wide(ops: Operations, name: str, tokens: int) -> list[Tensor]:
+    """A gradient of ``tokens`` in the format in which a table's is accumulated, where that is another."""
+    d = ops.d
+    return [ops.tensor(name, tokens * d.hidden, itemsize=d.gradient_itemsize)] if d.casts_gradients else []
 
 
 def head_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
@@ -88,7 +101,7 @@ def head_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
         tokens = stop - first
         logits = ops.tensor("logits", tokens * d.vocab)
         _logit_gradient(ops, tokens, logits)
-        ops.matmul("head weight", d.vocab, tokens, d.hidden)
+        ops.matmul("head weight", d.vocab, tokens, d.hidden, adds=True)
         ops.matmul("head input", tokens, d.vocab, d.hidden, frees=[logits])
     ops.kernel("free", 0, kernels=0, frees=[source])
     ops.reduced("reduce gradient", full, _saved_gradient(ops))

@@ -17,7 +17,7 @@ from picotron.planner.megatron_write_layout import ORDERS, STRATEGIES, block_mod
 from picotron.planner.model import ModelSpec
 from picotron.planner.topology import Topology
 from picotron.planner.validators import shown
-from picotron.planner.workload import FORMATS, Workload
+from picotron.planner.workload import Workload
 
 GRADIENTS_OF_A_BUCKET = (40_000_000, 1_000_000)  # at least, and for each data-parallel rank
 SHAPES = (  # three ways to cut a rank's layers into stages, each alone
@@ -196,7 +196,7 @@ def read_bucket_bytes(read: Given, topology: Topology, work: Workload) -> int:
     size = read.integer("ddp-bucket-size", default=max(least, each * topology.dp * topology.cp))
     if read.has("ddp-num-buckets"):
         read.note("--ddp-num-buckets: buckets are read at their default size")
-    return size * FORMATS[work.precision].gradient
+    return size * work.format.gradient
 
 
 def read_recompute(read: Given, stage_layers: tuple[int, ...]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from picotron.errors import PlanError
 from picotron.planner.megatron_flags import Given
 from picotron.planner.topology import Topology
-from picotron.planner.workload import Workload
+from picotron.planner.workload import FORMATS, Workload
 
 NOTED = {  # flag: how it is read
     "rampup-batch-size": "the batch is read at its full size",
@@ -27,7 +27,6 @@ NOTED = {  # flag: how it is read
     "tensor-parallel-num-weight-shards": "weights are counted as tensor parallelism cuts them",
     "microbatch-group-size-per-virtual-pipeline-stage": "microbatches go round in groups of pp",
     "calculate-per-token-loss": "",
-    "grad-reduce-in-bf16": "gradients are counted as kept and sent in 32 bits",
 }
 
 
@@ -54,10 +53,13 @@ def read_workload(read: Given, topology: Topology, seq_len: int, micro_batch: in
         raise PlanError(f"--min-lr must be at most --lr, got {least:g} and {rate:g}")
     optimizer = _optimizer(read)
     warmup, decay = _schedule(read, batch)
+    precision = _precision(read)
+    narrow = read.has("grad-reduce-in-bf16") and FORMATS[precision].compute == 2
     return Workload(
         global_batch=batch,
         seq_len=seq_len,
-        precision=_precision(read),
+        precision=precision,
+        gradient_dtype="bf16" if narrow else None,
         optimizer=optimizer,
         learning_rate=rate,
         weight_decay=read.number("weight-decay", default=0.01),

@@ -32,8 +32,13 @@ def precision_of(work: Workload) -> Iterator[Part]:
     if work.precision not in PRECISIONS:
         yield Unexpressed(f"precision {work.precision}: it runs fp32")
     yield from PRECISIONS.get(work.precision, ())
-    if work.precision in PRECISIONS and work.precision != "fp32":
+    form = work.format
+    if form.gradient == 2:
+        yield ("--grad-reduce-in-bf16",)
+    elif work.precision in PRECISIONS and work.precision != "fp32":
         yield ("--accumulate-allreduce-grads-in-fp32",)
+    if form.reduce != form.gradient:
+        yield Unexpressed(f"gradients that travel in {work.reduce_dtype}: they travel as they are kept")
 
 
 def optimizer_of(work: Workload, steps: int | None) -> Iterator[Part]:

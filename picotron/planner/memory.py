@@ -1,13 +1,15 @@
 """How many bytes are live on a rank at every moment of a step, by category.
 
 What stands all the time (parameters, gradients, optimizer state, constants) plus what the bodies and the
-transfers make and free, in the order of the program's rows. Bytes are those of tensors: an allocator's
-rounding and the framework's own memory are not counted.
+transfers make and free, in the order of the program's rows. Where gradients travel in another format than
+they are kept in, a sum holds a copy of what it carries from its post to its wait; where they are kept in
+fewer bytes than the optimizer's main weights, the update holds a copy of them all. Bytes are those of
+tensors: an allocator's rounding and the framework's own memory are not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_mem
 from picotron.planner.cost import of_kind
 from picotron.planner.layout import counts_in_norm
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.program import COMPUTE, STATISTICS_BYTES, Kind, Row, rows
+from picotron.planner.program import COMPUTE, STATISTICS_BYTES, SUMS, Kind, Row, anchored, rows
 from picotron.planner.sharding import GRADIENTS, OPTIMIZER, PARAMETERS
 from picotron.planner.topology import Coordinate, coordinate
 from picotron.planner.workload import MOMENTS
@@ -76,7 +78,7 @@ def _position_bytes(plan: TrainingPlan, where: Coordinate) -> int:
     if model.rope_theta is None:
         return d.local_tokens * INDEX_BYTES if where.pp == plan.stage_rank(0) else 0
     rotary = model.latent_attention.qk_rope_head_dim if model.latent_attention else model.head_dim
-    return 2 * d.seq_len * (rotary // 2) * d.itemsize
+    return 2 * d.seq_len * (rotary // 2) * d.statistics_itemsize
 
 
 def memory_timeline(plan: TrainingPlan, rank: int) -> MemoryTimeline:
@@ -88,29 +90,37 @@ def memory_timeline(plan: TrainingPlan, rank: int) -> MemoryTimeline:
     where = coordinate(plan.topology, rank)
     own = rows(plan.program(where.tp), where.pp)
     moments = _moments(plan, where)
-    entries = [
-        (index, operation, number)
-        for index, row in enumerate(own)
-        if row.anchor_row < 0  # posted inside another row, it allocates nothing
-        for operation, number in moments.of(row, own)
-    ]
-    index, operation, number = np.array(entries, dtype=np.int64).T
+    index, operation, number = np.array(list(_entries(own, moments)), dtype=np.int64).T
     left, highest = np.stack(moments.left)[number], np.stack(moments.highest)[number]
     static = static_bytes(plan, where)
     standing = np.array([static.get(category, 0) for category in CATEGORIES])
     ends = standing + left.cumsum(axis=0)
     peaks = ends - left + highest
-    totals = peaks.sum(axis=1)
+    totals, told = peaks.sum(axis=1), index >= 0
     return MemoryTimeline(
         rank=rank,
-        row=index,
-        operation=operation,
-        live_bytes=ends.sum(axis=1),
-        peak_bytes=totals,
+        row=index[told],
+        operation=operation[told],
+        live_bytes=ends.sum(axis=1)[told],
+        peak_bytes=totals[told],
         peak_by_category=tuple(
             (name, int(size)) for name, size in zip(CATEGORIES, peaks[totals.argmax()], strict=True) if size
         ),
     )
+
+
+def _entries(own: Sequence[Row], moments: _Moments) -> Iterator[tuple[int, int, int]]:
+    """(row, operation, moment) in order; what is posted inside another row is there with row -1."""
+    posted = anchored(own)
+    for index, row in enumerate(own):
+        if row.anchor_row >= 0:
+            continue
+        entries = moments.of(row, own)
+        for operation, number in entries:
+            yield index, operation, number
+            place = len(entries) - 2 - operation  # of a backward's segments, the last runs first
+            for inside in posted.get((index, place), ()) if operation >= 0 else ():
+                yield -1, operation, moments.of(own[inside], own)[-1][1]
 
 
 @define
@@ -121,25 +131,42 @@ class _Moments:
     highest: list[np.ndarray] = field(factory=list)
     segments: dict[tuple[int, Kind], list[int]] = field(factory=dict)  # by stage and phase
     changes: dict[tuple[Kind, Kind], int] = field(factory=dict)  # by row, and what it waits for
-    reduced: dict[tuple[int, int], int] = field(factory=dict)  # by stage and bucket, once it is waited for
+    reduced: dict[tuple[int, int], int] = field(factory=dict)  # bytes by stage and bucket, once waited for
+    casts: bool = False  # whether gradients are copied to travel
+    sums: dict[int, int] = field(factory=dict)  # by bytes of gradients that come or go
 
     def add(self, left: np.ndarray, highest: np.ndarray) -> int:
         self.left.append(left)
         self.highest.append(highest)
         return len(self.left) - 1
 
+    def gradients(self, size: int) -> int:
+        """The moment at which so many bytes of gradients come, or go."""
+        if size not in self.sums:
+            delta = np.array([size if name == "gradients" else 0 for name in CATEGORIES])
+            self.sums[size] = self.add(delta, np.maximum(delta, 0))
+        return self.sums[size]
+
     def of(self, row: Row, own: Sequence[Row]) -> list[tuple[int, int]]:
         """(operation, moment) of each entry of ``row``: its segments, then the row itself (-1)."""
         concerned = own[row.target].kind if row.kind is Kind.WAIT else row.kind
         change = self.changes.get((row.kind, concerned), 0)
-        if concerned is Kind.REDUCE_SCATTER:
-            change = self.reduced.get((row.stage, row.part), 0)
+        if concerned in SUMS:
+            change = self.gradients(self._sum_bytes(row, own))
         return [*enumerate(self.segments.get((row.stage, row.kind), ())), (-1, change)]
+
+    def _sum_bytes(self, row: Row, own: Sequence[Row]) -> int:
+        """Gradients that come with the post of a sum, or go with the wait for it."""
+        if row.kind is not Kind.WAIT:
+            return row.bytes * self.casts
+        target = own[row.target]
+        filled = self.reduced.get((row.stage, row.part), 0) if target.kind is Kind.REDUCE_SCATTER else 0
+        return -filled - target.bytes * self.casts
 
 
 def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
     """The moments of the rank at ``where``; number 0 changes nothing."""
-    found = _Moments()
+    found = _Moments(casts=plan.format.reduce != plan.format.gradient)
     boundary = plan.dims(where.tp).local_bytes
 
     def change(category: Category, size: int) -> int:
@@ -153,15 +180,19 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
         (Kind.WAIT, Kind.SEND_F): change("activations", -boundary),
         (Kind.WAIT, Kind.SEND_B): change("workspace", -boundary),
     }
-    scratch = change("workspace", _norm_scratch_bytes(plan, where))
-    found.left[scratch] = np.zeros_like(found.left[scratch])
-    found.changes[Kind.NORM, Kind.NORM] = scratch
+    for kind, size in (
+        (Kind.NORM, _norm_scratch_bytes(plan, where)),
+        (Kind.UPDATE, _cast_bytes(plan, where)),
+    ):
+        scratch = change("workspace", size)
+        found.left[scratch] = np.zeros_like(found.left[scratch])
+        found.changes[kind, kind] = scratch
     for stage in plan.rank_stages(where.pp):
         bodies = plan.bodies(stage, where.tp)
         if plan.zero_stage >= GRADIENTS:
             scattered = [sums and sums[0].kind is Kind.REDUCE_SCATTER for sums in plan.bucket_sums(stage)]
             last = max((index for index, is_last in enumerate(scattered) if is_last), default=-1)
-            found.reduced[stage, last] = change("gradients", -plan.buffer_bytes(stage, where.tp))
+            found.reduced[stage, last] = plan.buffer_bytes(stage, where.tp)
         for kind in COMPUTE:
             segments = of_kind(bodies, kind).segments
             found.segments[stage, kind] = [found.add(*segment_memory(segment)) for segment in segments]
@@ -171,3 +202,10 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
 def _norm_scratch_bytes(plan: TrainingPlan, where: Coordinate) -> int:
     """The gradient norm makes three fp64 numbers for each tensor it counts, one if it counts none."""
     return 8 * max(1, 3 * sum(counts_in_norm(placement, where) for placement in plan.held(where)))
+
+
+def _cast_bytes(plan: TrainingPlan, where: Coordinate) -> int:
+    """The copy of the gradients that the optimizer takes, where its main weights have more bytes."""
+    form = plan.format
+    own = sum(plan.sharding.numel(p, where, OPTIMIZER) for p in plan.held(where))
+    return own * form.main if form.gradient < form.main else 0

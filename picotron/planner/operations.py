@@ -44,8 +44,14 @@ class Operations:
         creates: Iterable[Tensor] = (),
         frees: Iterable[Tensor] = (),
         reads: Iterable[Tensor] = (),
+        adds: bool = False,
     ) -> None:
-        """[m, k] @ [k, n], ``batch`` times."""
+        """[m, k] @ [k, n], ``batch`` times; ``adds``: to a weight's gradient, as one that ``reads`` does."""
+        if (reads or adds) and self.d.adds_products:
+            product = self.tensor(f"{name} product", m * n)
+            creates, frees, after = [*creates, product], (), [product, *frees]
+        else:
+            product, after = None, []
         self.operations.append(
             Operation(
                 name=name,
@@ -58,6 +64,8 @@ class Operations:
                 shape=(m, n, k, batch),
             )
         )
+        if product is not None:
+            self.kernel(f"{name} added", m * n, passes=5, frees=after, reads=[product] if reads else [])
 
     def kernel(
         self,
@@ -161,21 +169,34 @@ class Operations:
             self.d.local_tokens * self.d.hidden,
             passes=5 if model.norm == "rms" else 3,
             kernels=7 if model.norm == "rms" else 1,
-            creates=[normed, *self.statistics(model)],
+            creates=[normed, *self.statistics(model), *(wide := self._wide_affine(model, "forward"))],
+            frees=wide,
         )
         return normed
 
     def statistics(self, model: ModelSpec) -> list[Tensor]:
         """What the norm keeps of each row."""
         names = ("inverse",) if model.norm == "rms" else ("mean", "inverse")
-        return [self.saved(name, self.d.local_tokens) for name in names]
+        return [self.saved(name, self.d.local_tokens, self.d.statistics_itemsize) for name in names]
+
+    def _wide_affine(self, model: ModelSpec, when: str) -> list[Tensor]:
+        """Scale and shift of a layer norm in the precision of its statistics, where that is another."""
+        if model.norm == "rms" or self.d.statistics_itemsize == self.d.itemsize:
+            return []
+        return [self._statistic(name, self.d.hidden) for name in (f"scale {when}", f"shift {when}")]
+
+    def _statistic(self, name: str, elements: int) -> Tensor:
+        return self.tensor(name, elements, itemsize=self.d.statistics_itemsize)
 
     def norm_again(self, model: ModelSpec) -> Tensor:
         """The normed input, computed again for the weight gradients rather than kept."""
         normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
         scratch = (
-            [] if model.norm == "rms" else [self.tensor(f"again{i}", self.d.local_tokens) for i in range(2)]
+            []
+            if model.norm == "rms"
+            else [self._statistic(f"again{i}", self.d.local_tokens) for i in range(2)]
         )
+        scratch += self._wide_affine(model, "again")
         self.kernel(
             "norm again",
             self.d.local_tokens * self.d.hidden,
@@ -204,7 +225,8 @@ class Operations:
         if model.norm == "rms":
             self.rms_backward("norm backward", d.local_tokens, d.hidden, creates=self.g(), frees=part)
         else:
-            small = [self.tensor("dscale", d.hidden), self.tensor("dshift", d.hidden)]
+            small = [self._statistic("dscale", d.hidden), self._statistic("dshift", d.hidden)]
+            small += self._wide_affine(model, "backward")
             self.kernel("norm backward", size, passes=5, creates=[self.g(), *small], frees=[part, *small])
         after = [x, *self.statistics(model), *([] if self.is_last else [incoming])]
         self.kernel("residual gradient", size, passes=0 if self.is_last else 3, frees=after)
@@ -217,9 +239,10 @@ class Operations:
 
     def rms_backward(self, name: str, rows: int, width: int, *, creates: Tensor, frees: Tensor) -> None:
         """Backward of an RMS norm over ``width``: layer norm's with a mean of 0, and what that takes off."""
-        zero, scale = self.tensor(f"{name} zero", rows), self.tensor(f"{name} scale", width)
-        self.kernel(
-            name, rows * width, passes=5, kernels=3, creates=[zero, creates, scale], frees=[zero, scale]
-        )
+        zero, scale = self._statistic(f"{name} zero", rows), self._statistic(f"{name} scale", width)
+        spent = [zero, scale]
+        if self.d.statistics_itemsize != self.d.itemsize:
+            spent.append(self._statistic(f"{name} weight", width))
+        self.kernel(name, rows * width, passes=5, kernels=3, creates=[creates, *spent], frees=spent)
         mean = self.tensor(f"{name} mean", rows)
         self.kernel(name, rows * width, passes=4, kernels=3, creates=[mean], frees=[mean, frees])

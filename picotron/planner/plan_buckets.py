@@ -32,12 +32,11 @@ def stage_buckets(plan: TrainingPlan, stage: int) -> tuple[Bucket, ...]:
 
 
 def payload_bytes(plan: TrainingPlan, stage: int, tp_index: int) -> tuple[int, ...]:
-    """Bytes of each bucket of ``stage``."""
+    """Bytes of each bucket of ``stage`` on its way between ranks."""
     where = Coordinate(pp=plan.stage_rank(stage), tp=tp_index)
     numel = {p.name: plan.sharding.padded_numel(p, where) for p in plan.held(where)}
     return tuple(
-        sum(numel[name] for name in bucket.names) * plan.format.gradient
-        for bucket in plan.stage_buckets[stage]
+        sum(numel[name] for name in bucket.names) * plan.format.reduce for bucket in plan.stage_buckets[stage]
     )
 
 
@@ -58,7 +57,7 @@ def gathers(plan: TrainingPlan, stage: int, tp_index: int) -> tuple[Exchange | N
         Exchange(
             kind=Kind.ALL_GATHER,
             group=own[0].group,
-            bytes=own[0].bytes // plan.format.gradient * plan.format.compute,
+            bytes=own[0].bytes // plan.format.reduce * plan.format.compute,
         )
         if own and own[0].kind is Kind.REDUCE_SCATTER
         else None
@@ -71,7 +70,9 @@ def buffer_bytes(plan: TrainingPlan, stage: int, tp_index: int) -> int:
     if plan.zero_stage < GRADIENTS:
         return 0
     firsts = [own[0] for own in sums(plan, stage, tp_index) if own]
-    sizes = [first.bytes for first in firsts if first.kind is Kind.REDUCE_SCATTER]
+    form = plan.format
+    scattered = [first.bytes for first in firsts if first.kind is Kind.REDUCE_SCATTER]
+    sizes = [size // form.reduce * form.gradient for size in scattered]
     return min(2 * max(sizes, default=0), sum(sizes))
 
 

@@ -20,7 +20,7 @@ def output_projection(ops: Operations, width: int, *, biased: bool = True) -> No
 
 def bias_gradient(ops: Operations, name: str, tokens: int, width: int) -> None:
     """The sum over tokens that is a bias's gradient."""
-    small = ops.tensor(f"{name} dbias", width)
+    small = ops.tensor(f"{name} dbias", width, itemsize=ops.d.statistics_itemsize)
     ops.kernel(f"{name} bias", tokens * width, passes=1, kernels=2, creates=[small], frees=[small])
 
 

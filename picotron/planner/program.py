@@ -46,6 +46,7 @@ class Kind(IntEnum):
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)  # as in PHASES
 SENDS = (Kind.SEND_F, Kind.SEND_B)
 RECEIVES = (Kind.RECV_F, Kind.RECV_B)
+SUMS = (Kind.REDUCE, Kind.REDUCE_SCATTER)  # of gradients
 COLLECTIVES: Mapping[Kind, str] = {
     **dict.fromkeys((Kind.COUNT, Kind.REDUCE, Kind.NORM), "all_reduce"),
     Kind.REDUCE_SCATTER: "reduce_scatter",

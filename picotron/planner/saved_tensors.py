@@ -86,8 +86,8 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
     fused = kernels == FUSED
     narrow = fused & (t.product < t.item)
     boundary = t.local * model.hidden * t.item
-    # a norm's row statistics: in eager at the width of activations, else fp32
-    row = t.local * np.where(kernels == EAGER, t.item, 4.0) * (1 + model.layer_norm)
+    # a norm's row statistics: fp32, in eager fp64 beside activations of that width
+    row = t.local * np.where(kernels == EAGER, t.wide, 4.0) * (1 + model.layer_norm)
     normed = fused * t.local * model.hidden * t.product
     masks = t.local * model.hidden * (fused & _has_dropout(cases))  # dropout: a byte an element
     norm = {"row statistics": row, "normed input": normed}
@@ -102,7 +102,9 @@ def saved_tensors(cases: Cases, t: Tokens, w: Widths) -> SavedTensors:
             "context": t.whole * w.context * t.item,
             "context in the product's format": narrow * t.whole * w.context * t.product,
             "dropout mask": masks,
-            BEFORE_NORMS: model.head_norms * t.whole * ((w.query + w.key) + _heads(model, w)) * t.item,
+            BEFORE_NORMS: model.head_norms
+            * t.whole
+            * ((w.query + w.key) * t.item + _heads(model, w) * t.wide),
         },
         core=_core(cases, t),
         dense={

@@ -101,7 +101,9 @@ def training_of(plan: TrainingPlan, steps: int | None) -> Iterator[Part]:
     yield Note("data and tokenizer are the run's own: c4_test and its tokenizer stand in")
     wide = {"fp32": "float32", "fp64": "float32"}.get(work.precision, "bfloat16")
     yield "training", "mixed_precision_param", wide
-    yield "training", "mixed_precision_reduce", "float32"
+    yield "training", "mixed_precision_reduce", "bfloat16" if work.format.reduce == 2 else "float32"
+    if work.format.gradient == 2:
+        yield Unexpressed("gradients accumulated in bf16: it accumulates them in fp32")
     if work.precision in ("fp16", "fp64", "nvfp4"):
         yield Unexpressed(f"precision {work.precision}: it runs {wide}")
     granule = math.lcm(topology.tp, 2 * topology.cp if topology.cp > 1 else 1)

@@ -43,7 +43,7 @@ from picotron.planner.sharding import (
 from picotron.planner.stage import Variant, stage_bodies
 from picotron.planner.topology import Coordinate, Topology
 from picotron.planner.validators import are_words, as_tuple, must_be, one_of, whole
-from picotron.planner.workload import FORMATS, Format, Workload
+from picotron.planner.workload import Format, Workload
 
 SCHEMA_VERSION = 1
 
@@ -156,8 +156,8 @@ class TrainingPlan:
 
     @property
     def format(self) -> Format:
-        """Bytes per element of everything that is kept."""
-        return FORMATS[self.workload.precision]
+        """Bytes per element of everything that is kept, and of gradients on their way."""
+        return self.workload.format
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -220,14 +220,20 @@ class TrainingPlan:
         return tuple(plan_buckets.stage_buckets(self, stage) for stage in range(self.num_stages))
 
     def dims(self, tp_index: int = 0) -> Dims:
-        """Local sizes on tensor-parallel rank ``tp_index``."""
+        """Local sizes on tensor-parallel rank ``tp_index``.
+
+        A GPU adds a 16-bit product to a wider gradient in one kernel; a CPU makes the product first.
+        """
+        form = self.format
         return dims(
             self.model,
             self.topology,
             micro_batch=self.micro_batch,
             seq_len=self.workload.seq_len,
             sequence_parallel=self.sequence_parallel,
-            itemsize=self.format.compute,
+            itemsize=form.compute,
+            gradient_itemsize=form.gradient,
+            adds_products=form.gradient != form.compute and self.cluster.device.kind == "cpu",
             tp_index=tp_index,
             context=self.context,
             loss_chunks=self.loss_chunks,

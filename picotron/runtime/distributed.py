@@ -9,6 +9,7 @@ each over all of them or over a part, whose ranks then count from 0.
   first operation, which therefore waits for the peer's first.
 - Whatever torch raises, because a peer died or the timeout passed, is an ExecutionError that names rank and
   operation, and the failure a rank announced by ``abort`` if there was one.
+- A ``Watchdog`` tells every rank of another's death, and ends it if it does not end by itself.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from picotron.runtime.backend import (
     check_reduce_scatter,
     unseen,
 )
+from picotron.runtime.connections import break_off, open_connections
 from picotron.runtime.same_host import WAITING, share_host
 from picotron.runtime.shared_collectives import Finish, SharedCollectives
+from picotron.runtime.watchdog import TELL_SECONDS, Watchdog
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -113,8 +116,10 @@ class DistributedBackend:
         self._tags: dict[int, str] = {}
         self._num_groups = 0
         self._shared: SharedCollectives | None = None
+        self._watchdog: Watchdog | None = None
+        self._connections: frozenset[str] = frozenset()  # of torch's groups
         self._started_cpu_seconds = time.process_time()
-        with self._named("open"):
+        with self._named("open"), self._connecting():
             dist.init_process_group(
                 "gloo" if self.capabilities is GLOO else "cpu:gloo,cuda:nccl",
                 store=self._store,
@@ -122,6 +127,9 @@ class DistributedBackend:
                 world_size=self.world_size,
                 timeout=self._timeout,
             )
+        with self._named("open"):
+            if self.world_size > 1:
+                self._watchdog = Watchdog(self.rank, self.world_size, self._store, self._break_off)
             if shared_memory and self.capabilities is GLOO and self.world_size > 1:
                 host = share_host(self._store, self.rank, self.world_size, timeout_seconds)
                 self._shared = None if host is None else SharedCollectives(host)
@@ -149,8 +157,25 @@ class DistributedBackend:
         """Close every communicator; a second call does nothing."""
         if self._shared is not None:
             self._shared.host.close()
+        if self._watchdog is not None:
+            self._watchdog.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self._watchdog is not None:
+            self._watchdog.close()
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        """The body, in which torch opens connections that may have to be broken off."""
+        before = open_connections()
+        yield
+        self._connections |= open_connections() - before
+
+    def _break_off(self) -> None:
+        """End whatever this rank waits on; called by the watchdog. What a GPU waits on cannot be reached."""
+        if self._shared is not None:
+            self._shared.host.break_off()
+        break_off(self._connections)
 
     def __enter__(self) -> Self:
         """Hand over the backend itself."""
@@ -171,7 +196,7 @@ class DistributedBackend:
     def new_group(self, ranks: Sequence[int], name: str = "") -> Group:
         """A communicator of ascending ``ranks``."""
         members = check_ranks(self.rank, ranks, self.world_size)
-        with self._named("new_group"):
+        with self._named("new_group"), self._connecting():
             opened = dist.new_group(list(members), timeout=self._timeout)
         self._num_groups += 1
         return Group(members, name, Opened(opened, self._num_groups, self._is_shared(members)))
@@ -328,7 +353,9 @@ class DistributedBackend:
         """Nothing: time is real."""
 
     def at(self, step: int, index: int, action: str = "") -> None:
-        """Nothing: errors name the operation."""
+        """Where the others, should this rank die, will have seen it last."""
+        if self._watchdog is not None:
+            self._watchdog.at((step, index, action))
 
     def cpu_seconds(self) -> float:
         """CPU seconds of this process, the communication's own threads included."""
@@ -342,7 +369,10 @@ class DistributedBackend:
         """Announce the failure and close, which ends what the others are waiting for."""
         try:
             failure = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            self._store.compare_set("failure", "", failure)  # the first one stays
+            if self._watchdog is None or self._watchdog.news is None:
+                self._store.compare_set("failure", "", failure)  # the first one stays
+            if self._watchdog is not None:
+                self._watchdog.failed(failure)
             self.close()
         except RuntimeError as secondary:  # the first error is the one to tell
             error.add_note(f"closing then failed too: {secondary}")
@@ -410,11 +440,22 @@ class DistributedBackend:
         except ExecutionError as error:
             if error.action != WAITING:
                 raise
-            message = f"{self._announced_failure()}{error.message}"
+            message = f"{self._blame(wait=True)}{error.message}"
             raise ExecutionError(message, rank=self.rank, action=action) from error
         except (RuntimeError, ValueError) as error:
-            message = f"{self._announced_failure()}torch.distributed failed: {error}"
+            message = f"{self._blame(wait='onnection' in str(error))}torch.distributed failed: {error}"
             raise ExecutionError(message, rank=self.rank, action=action) from error
+        except OSError as error:
+            raise ExecutionError(f"no connection: {error}", rank=self.rank, action=action) from error
+
+    def _blame(self, *, wait: bool) -> str:
+        """Who died or failed, as a message begins; ``wait``: that is likely, and may be on its way."""
+        if self._watchdog is not None:
+            news = self._watchdog.wait(TELL_SECONDS if wait else 0.0)
+            if news is not None:
+                self._watchdog.told()
+                return f"{news}; "
+        return self._announced_failure()
 
     def _announced_failure(self) -> str:
         try:

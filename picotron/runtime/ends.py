@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import Segment
-from picotron.runtime.kernels import vocabulary_slice
+from picotron.runtime.kernels import statistics_dtype, vocabulary_slice
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
@@ -52,14 +52,15 @@ class Embedding(SegmentRunner):
         """Add each token's gradient to its row of the table, and to its position's."""
         context, ids, dy = self.context, saved.pop("ids"), saved.pop("dy")
         if context.positions is not None:
-            self.d["wpe.weight"].index_add_(0, context.positions, dy)
-        full = context.gather(dy)
+            wpe = self.d["wpe.weight"]
+            wpe.index_add_(0, context.positions, dy.to(wpe.dtype))
+        full, table = context.gather(dy), self.d[self.table]
         if self.dims.tp > 1:
             local, outside = vocabulary_slice(ids, *context.vocabulary)
             full.masked_fill_(outside.unsqueeze(1), 0)
-            self.d[self.table].index_add_(0, local, full)
+            table.index_add_(0, local, full.to(table.dtype))
         else:
-            self.d[self.table].index_add_(0, ids, full)
+            table.index_add_(0, ids, full.to(table.dtype))
 
 
 class Head(SegmentRunner):
@@ -92,8 +93,10 @@ class Head(SegmentRunner):
             saved["dnormed"] = self.context.reduce(self._in_chunks(self._normed(x, saved), labels))
         else:
             logits = self.logits(x, saved)
-            self._logit_gradient(logits, labels)
-            saved["logits"] = logits
+            wide = logits.to(statistics_dtype(logits.dtype))
+            del logits
+            self._logit_gradient(wide, labels)
+            saved["logits"] = wide.to(x.dtype)
         return x.new_empty(0), saved
 
     def _in_chunks(self, source: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -101,7 +104,11 @@ class Head(SegmentRunner):
         dnormed = torch.empty_like(source)
         for first, stop in even_ranges(self.dims.tokens, self.dims.loss_chunks):
             logits = torch.mm(source[first:stop], self.weight.t())
-            self._logit_gradient(logits, labels[first:stop])
+            wide = logits.to(statistics_dtype(logits.dtype))
+            del logits
+            self._logit_gradient(wide, labels[first:stop])
+            logits = wide.to(source.dtype)
+            del wide
             self._multiply("table", logits, source[first:stop])
             torch.mm(logits, self.weight, out=dnormed[first:stop])
             del logits

@@ -3,7 +3,7 @@
 Parameters of a segment lie in plan order, so that the rows of q, k and v, or of gate and up, follow each
 other. An accelerator makes all outputs by one product, side by side. A processor multiplies each by itself:
 its arithmetic is no slower for that, while what follows, and the allocator, like several small tensors better
-than a large one with steps between the rows of its parts. Either way the outputs have the same bytes together.
+than a large one with steps between the rows of its parts. Either way the outputs have the same bytes in all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch.nn import functional
+
+from picotron.runtime.kernels import statistics_dtype
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -67,7 +69,7 @@ class Projections:
         """Add the sums over tokens of ``gradients`` to the biases' gradients, if there are biases."""
         if self.has_bias:
             for gradient, bias in zip(gradients, self._each(self._gradients, "bias"), strict=True):
-                bias.add_(gradient.sum(0))
+                bias.add_(gradient.sum(0, dtype=statistics_dtype(gradient.dtype)))
 
     def _each(self, held: Mapping[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
         return [held[f"{name}.{kind}"] for name in self.names]

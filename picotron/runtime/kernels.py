@@ -32,6 +32,21 @@ class Norm(Protocol):
         """The gradient of x; ``grad`` is that of the output. Weight gradients accumulate."""
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums over many elements of ``dtype`` are taken and kept: never below fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product, computed as precisely as ``factor`` is and rounded once to the format of ``x``."""
+    return torch.mul(x, factor, out=torch.empty_like(x))
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """A norm's weight as torch's kernels take it: on CPU they keep statistics in the format of the weight."""
+    return weight if weight.is_cuda else weight.to(statistics_dtype(weight.dtype))
+
+
 class RmsNorm:
     """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension."""
 
@@ -40,13 +55,13 @@ class RmsNorm:
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The normed x and the inverse root mean square of each row."""
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x.dtype))
         inverse.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return self.again(x, (inverse,)), (inverse,)
 
     def again(self, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The normed x from its statistics."""
-        return torch.mul(x, statistics[0]).mul_(self.weight)
+        return _times(x, statistics[0]).mul_(self.weight)
 
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]
@@ -59,7 +74,7 @@ class RmsNorm:
         (inverse,) = statistics
         size = x.shape[-1]
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [size], torch.zeros_like(inverse), inverse, self.weight, None, [True, True, False]
+            grad, x, [size], torch.zeros_like(inverse), inverse, _wide(self.weight), None, [True, True, False]
         )
         self.gradient.add_(dweight)
         taken = torch.mv(grad.reshape(-1, size), self.weight).view_as(inverse).mul_(inverse)
@@ -83,8 +98,12 @@ class LayerNorm:
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The normed x, and mean and inverse deviation of each row."""
-        normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], *self._affine(), self.eps)
         return normed, (mean, inverse)
+
+    def _affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift as the kernels take them."""
+        return _wide(self.weight), _wide(self.bias)
 
     def again(self, x: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The normed x once more."""
@@ -96,7 +115,7 @@ class LayerNorm:
         """The gradient of x."""
         mean, inverse = statistics
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            grad, x, list(x.shape[-1:]), mean, inverse, self.weight, self.bias, [True, True, True]
+            grad, x, list(x.shape[-1:]), mean, inverse, *self._affine(), [True, True, True]
         )
         self.gradient.add_(dweight)
         self.bias_gradient.add_(dbias)
@@ -270,3 +289,21 @@ def vocabulary_slice(ids: torch.Tensor, start: int, size: int) -> tuple[torch.Te
     outside.logical_or_(below)
     del below
     return local.masked_fill_(outside, 0), outside
+
+
+def add_product(gradient: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to ``gradient``, which may be in a wider format.
+
+    A GPU then sums and adds in the wider one; a CPU rounds the product to the format of its operands first.
+    """
+    if gradient.dtype == left.dtype:
+        gradient.addmm_(left, right)
+    elif adds_products(gradient, left):
+        gradient.add_(torch.mm(left, right))
+    else:
+        torch.addmm(gradient, left, right, out_dtype=gradient.dtype, out=gradient)
+
+
+def adds_products(gradient: torch.Tensor, operand: torch.Tensor) -> bool:
+    """Whether a product of such operands is made first, in their format, and then added to ``gradient``."""
+    return gradient.dtype != operand.dtype and not gradient.is_cuda

@@ -15,6 +15,7 @@ from picotron.planner.topology import Coordinate, coordinate
 WeightSource = Callable[[Placement], torch.Tensor]  # the whole tensor of a placement
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+WIDTHS = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes, of gradients and main weights
 
 
 def slice_of(whole: torch.Tensor, placement: Placement, where: Coordinate) -> torch.Tensor:

@@ -29,9 +29,13 @@ def learning_rate(work: Workload, step: int) -> float:
 def make_optimizer(
     work: Workload, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
 ) -> torch.optim.Optimizer:
-    """The plan's optimizer over ``weights``, reading ``gradients`` in place; matrices alone decay."""
+    """The plan's optimizer over ``weights``; matrices alone decay.
+
+    It reads ``gradients`` in place where they are of the weights' format; others are to be copied to it.
+    """
     for name, weight in weights.items():
-        weight.grad = gradients[name]
+        if gradients[name].dtype == weight.dtype:
+            weight.grad = gradients[name]
     groups = [
         {"params": [w for w in weights.values() if w.dim() > 1], "weight_decay": work.weight_decay},
         {"params": [w for w in weights.values() if w.dim() <= 1], "weight_decay": 0.0},

@@ -31,7 +31,7 @@ from picotron.runtime.backend import Backend, Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
 from picotron.runtime.foreign import Modules, check_modules
-from picotron.runtime.kernels import rotary_tables
+from picotron.runtime.kernels import rotary_tables, statistics_dtype
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
 from picotron.runtime.optimizer import learning_rate
@@ -46,7 +46,7 @@ Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what 
 
 
 class LossError(ExecutionError):
-    """The loss is not a finite number; the weights are still those of the last good step."""
+    """Too many steps in a row without a finite loss; the weights are still those of the last good one."""
 
 
 @frozen(kw_only=True)
@@ -54,7 +54,8 @@ class StepResult:
     """One step as every rank knows it, and what this rank measured of it.
 
     ``entries`` are timeline rows in seconds since the step began on this rank's clock; ``memory`` is None
-    unless the step was asked to measure it.
+    unless the step was asked to measure it. ``skipped``: loss or gradient norm was not finite, so that no
+    rank has changed weights or optimizer; a step counts all the same, for the data and the learning rate.
     """
 
     step: int
@@ -67,15 +68,20 @@ class StepResult:
     payload_bytes: tuple[tuple[str, str, int], ...]
     entries: tuple[Entry, ...]
     memory: MemoryTimeline | None = None
+    skipped: bool = False
 
 
 @frozen
 class _Posted:
-    """A transfer or copy under way: its handle, its timeline entry, and its tensor where it has one."""
+    """A transfer or copy under way: its handle, its timeline entry, and its tensor where it has one.
+
+    ``kept``: what the tensor was cast from to travel, and is cast back into.
+    """
 
     handle: Handle
     entry: int
     tensor: torch.Tensor | None
+    kept: torch.Tensor | None = None
 
 
 @define
@@ -90,6 +96,7 @@ class _Walk:
     posted: dict[int, _Posted]
     entries: list[Entry]
     memory: list[tuple[int, int, int, int]]
+    skipped: bool = False
 
 
 def check_world(plan: TrainingPlan, backend: Backend) -> None:
@@ -137,6 +144,7 @@ class Session:
             for stage in plan.rank_stages(self.where.pp)
         }
         self.num_steps = 0
+        self.skipped_in_a_row = 0
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -164,9 +172,8 @@ class Session:
         rotary = positions = None
         places = torch.from_numpy(self.positions).to(device)
         if model.rope_theta is not None:
-            rotary = rotary_tables(
-                places, model.head_dim, model.rope_theta, model.rope_scaling, self.parameters.dtype
-            )
+            wide = statistics_dtype(self.parameters.dtype)
+            rotary = rotary_tables(places, model.head_dim, model.rope_theta, model.rope_scaling, wide)
         elif self.plan.stage_rank(0) == self.where.pp:
             first = self.where.tp * d.local_tokens if d.sequence_parallel else 0
             positions = places[(torch.arange(d.local_tokens, device=device) + first) % d.seq_len]
@@ -193,7 +200,8 @@ class Session:
     def step(self, batches: Sequence[HostBatch], *, measure_memory: bool = False) -> StepResult:
         """Run the program once over this rank's microbatches, of which it takes its tokens.
 
-        Raises LossError, before any weight changes, where loss or gradient norm is not finite.
+        Where loss or gradient norm is not finite, no weight changes; LossError where that follows on the
+        plan's ``max_skipped_steps`` of such steps.
         """
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
@@ -222,8 +230,10 @@ class Session:
             ),
             entries=tuple(walk.entries),
             memory=_memory_timeline(self.backend.rank, walk.memory, standing) if tracker else None,
+            skipped=walk.skipped,
         )
         self.num_steps += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if walk.skipped else 0
         return result
 
     def _check_batches(self, batches: Sequence[HostBatch]) -> None:
@@ -275,7 +285,7 @@ class Session:
         elif row.kind is Kind.NORM:
             return self._norm(walk, row)
         elif row.kind is Kind.UPDATE:
-            self._update()
+            self._update(walk)
         else:
             raise ExecutionError(f"{row.kind.name} is planned and priced, and cannot be run yet")
         return None
@@ -342,10 +352,16 @@ class Session:
         self._note_posted(walk, index, "send" if row.kind in SENDS else "receive", handle, tensor)
 
     def _note_posted(
-        self, walk: _Walk, index: int, stream: str, handle: Handle, tensor: torch.Tensor | None = None
+        self,
+        walk: _Walk,
+        index: int,
+        stream: str,
+        handle: Handle,
+        tensor: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> None:
         """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
-        walk.posted[index] = _Posted(handle, len(walk.entries), tensor)
+        walk.posted[index] = _Posted(handle, len(walk.entries), tensor, kept)
         now = self._now(walk)
         walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
@@ -360,6 +376,8 @@ class Session:
             *entry[:4],
             *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
         )
+        if posted.kept is not None and posted.tensor is not None:
+            posted.kept.copy_(posted.tensor)
         target = self.rows[row.target]
         if target.kind in RECEIVES and posted.tensor is not None:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
@@ -367,8 +385,10 @@ class Session:
     def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
         flat = self.parameters.buckets[row.stage, row.part]
         group = self.program.groups[row.group]
-        handle = self.communicator.start_all_reduce(flat, group, row.bytes)
-        self._note_posted(walk, index, "collective", handle, flat)
+        travelling = flat.to(self.parameters.reduce_dtype)
+        handle = self.communicator.start_all_reduce(travelling, group, row.bytes)
+        kept = None if travelling is flat else flat
+        self._note_posted(walk, index, "collective", handle, travelling, kept)
 
     def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> tuple[float, float] | None:
         """Sum ``tensor`` over the row's group; when that was, if the backend tells."""
@@ -401,18 +421,28 @@ class Session:
             raise ExecutionError(
                 "a step needs at least one token with a label, got none", rank=self.backend.rank
             )
-        if not all(math.isfinite(value) for value in values):
-            raise LossError(
-                f"loss and gradient norm must be finite, got {values[1] / values[2]} and "
-                f"{math.sqrt(values[0]) if values[0] >= 0 else values[0]} in step {self.num_steps}; "
-                "the weights are those of the step before: lower the learning rate or look at the data",
-                rank=self.backend.rank,
-                action="NORM",
-                position=f"step {self.num_steps}",
-            )
+        walk.skipped = not all(math.isfinite(value) for value in values)
+        if walk.skipped and self.skipped_in_a_row == self.plan.workload.max_skipped_steps:
+            raise self._too_many_skipped(values[1] / values[2], values[0])
         return span
 
-    def _update(self) -> None:
+    def _too_many_skipped(self, loss: float, square_norm: float) -> LossError:
+        """What ends the run: one more step without a finite loss or gradient norm."""
+        before = self.skipped_in_a_row
+        return LossError(
+            f"loss and gradient norm must be finite, got {loss} and "
+            f"{math.sqrt(square_norm) if square_norm >= 0 else square_norm} in step {self.num_steps}"
+            f"{f', and none in the {before} skipped before it' if before else ''}; "
+            "the weights are those of the last good step: lower the learning rate or look at the data",
+            rank=self.backend.rank,
+            action="NORM",
+            position=f"step {self.num_steps}",
+        )
+
+    def _update(self, walk: _Walk) -> None:
+        """The optimizer's step; of a step that is skipped, nothing."""
+        if walk.skipped:
+            return
         self.parameters.update(self.num_steps, math.sqrt(float(self.statistics[0])))
         self.backend.spend(sum(stage.costs.update_seconds for stage in self.stages.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -17,12 +18,19 @@ from picotron.planner.timeline import Timeline
 from picotron.runtime.run import Measurement
 
 _SECONDS = ("start", "end")  # the columns of a timeline that are not whole numbers
+_MAY_BE_NONE = ("losses", "grad_norms")  # of a skipped step, as JSON has no other word for no number
+
+
+def finite_or_none(value: float) -> float | None:
+    """A number that JSON can hold, or None."""
+    return value if math.isfinite(value) else None
 
 
 def measurement_data(measurement: Measurement) -> dict[str, Any]:
     """The measurement as values that JSON has; the plan is its own JSON text, parsed."""
     data = {f.name: getattr(measurement, f.name) for f in fields(Measurement)}
     data["plan"] = read_json(plan_to_json(measurement.plan), "a plan")
+    data |= {name: list(map(finite_or_none, data[name])) for name in _MAY_BE_NONE}
     data["memory"] = [_columns(timeline) for timeline in measurement.memory]
     data["timeline"] = _columns(measurement.timeline)
     return data
@@ -36,6 +44,9 @@ def measurement_from_json(text: str) -> Measurement:
     if not isinstance(data, dict) or not isinstance(data.get("plan"), dict):
         raise PlanError("a measurement must be a JSON object with a plan; train the plan again")
     plan = plan_from_json(json.dumps(data.pop("plan")))
+    for name in _MAY_BE_NONE:
+        if isinstance(data.get(name), list):
+            data[name] = [math.nan if value is None else value for value in data[name]]
     rest = {**data, "plan": plan}
     return structured(_converter(), rest, Measurement)
 

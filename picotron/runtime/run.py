@@ -17,13 +17,14 @@ from picotron.planner.plan import TrainingPlan
 from picotron.planner.prices import plan_price
 from picotron.planner.simulate import check_place
 from picotron.planner.timeline import Timeline, make_timeline
+from picotron.planner.validators import is_positive
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset, byte_text, step_batches
 from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import Session, StepResult
 
 RUNNABLE_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
-RUNNABLE_PRECISIONS = ("fp32", "fp64")
+RUNNABLE_PRECISIONS = ("fp32", "fp64", "bf16")
 RUNNABLE_SCALINGS = ("linear", "llama3")
 MEMORY_REPEATS = 3  # steps whose memory is measured where a backend has threads of its own
 
@@ -38,7 +39,8 @@ class Measurement:
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (the plan's own seconds, which must be
     the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own) or "host".
     ``payload_bytes_by_rank`` and ``memory`` have the types that the prediction has; ``rows_by_rank`` are the
-    rows each rank executed, in order. The CPU seconds are of a typical step: the median of those that were
+    rows each rank executed, in order. ``skipped`` are the steps that changed nothing, as their loss or
+    gradient norm was not finite. The CPU seconds are of a typical step: the median of those that were
     neither the first nor measured.
     """
 
@@ -55,6 +57,7 @@ class Measurement:
     rows_by_rank: tuple[tuple[int, ...], ...] = field(repr=False)
     memory: tuple[MemoryTimeline, ...] = field(repr=False)
     timeline: Timeline = field(repr=False)
+    skipped: tuple[int, ...] = ()
 
 
 def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ...]:
@@ -130,17 +133,25 @@ def run(
 
 def check_simulated(plan: TrainingPlan, backend: object, world: Mapping[str, Any], steps: int) -> None:
     """Raise PlanError where ``world`` asks of real ranks what only simulated ones do, or has idle faults."""
-    asked = [name for name, value in world.items() if value]
+    check_timeout(world.get("timeout_seconds"))
+    asked = [name for name, value in world.items() if value and name != "timeout_seconds"]
     if asked and backend != "simulated":
         raise PlanError(f"only simulated ranks take {', '.join(asked)}, got backend {backend!r}")
     for fault in check_faults(world.get("faults", ()), plan.topology.world_size):
         check_place(plan, fault, num_steps=steps)
 
 
+def check_timeout(seconds: object) -> None:
+    """Raise PlanError unless ``seconds`` is None or something to wait for."""
+    if seconds is not None and not is_positive(seconds):
+        raise PlanError(f"timeout_seconds must be None or a positive finite number, got {seconds!r}")
+
+
 def on_backend(name: str, rank_main: Callable[[Backend], Any], plan: TrainingPlan, **world: Any) -> Any:
     """What ``rank_main`` returns on rank 0 (simulated) or on this process's rank (torchrun).
 
-    ``world``: of simulated ranks, on a clock to which communication takes what the plan says.
+    ``world``: of simulated ranks, on a clock to which communication takes what the plan says. Its
+    ``timeout_seconds`` is of real ones how long one operation may take (left out: TIMEOUT_SECONDS).
     """
     if name == "simulated":
         from picotron.runtime.simulated import simulate
@@ -148,9 +159,10 @@ def on_backend(name: str, rank_main: Callable[[Backend], Any], plan: TrainingPla
         return simulate(rank_main, plan.topology.world_size, **{"price": plan_price(plan), **world})[0]
     import torch
 
-    from picotron.runtime.distributed import DistributedBackend
+    from picotron.runtime.distributed import TIMEOUT_SECONDS, DistributedBackend
 
-    with DistributedBackend.open("cuda" if name == "nccl" else "cpu") as processes:
+    device, timeout_seconds = "cuda" if name == "nccl" else "cpu", world.get("timeout_seconds")
+    with DistributedBackend.open(device, timeout_seconds=timeout_seconds or TIMEOUT_SECONDS) as processes:
         if name == "gloo":
             torch.set_num_threads(1)
         return rank_main(processes)
@@ -250,4 +262,5 @@ def _measurement(
         rows_by_rank=tuple(tuple(entry[1] for entry in report.entries) for report, *_ in reports),
         memory=tuple(report.memory for report, *_ in reports if report.memory is not None),
         timeline=make_timeline(clock, [entry for report, *_ in reports for entry in report.entries]),
+        skipped=tuple(result.step for result in results if result.skipped),
     )

@@ -17,6 +17,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -109,6 +110,7 @@ class SameHost:
             **{peer: window for peer, (_, window) in others.items()},
         }
         self._notes: dict[int, dict[Topic, Note]] = {peer: {} for peer in others}
+        self._is_broken = False
 
     def put(self, tensor: torch.Tensor, readers: Collection[int], topic: Topic, kind: str) -> Note:
         """Show ``tensor``, contiguous, to ``readers``, this rank among them or not."""
@@ -160,7 +162,8 @@ class SameHost:
         return Topic(channel, number), Note(kind.rstrip(b"\0").decode(), place, size)
 
     def _gone(self, peer: int) -> ExecutionError:
-        return ExecutionError(f"rank {peer} has ended", rank=self.rank, action=WAITING)
+        words = f"the wait for rank {peer} was broken off" if self._is_broken else f"rank {peer} has ended"
+        return ExecutionError(words, rank=self.rank, action=WAITING)
 
     def content(self, sender: int, note: Note, dtype: torch.dtype) -> torch.Tensor:
         """What ``sender`` shows, flat; to be read until ``done``."""
@@ -171,6 +174,13 @@ class SameHost:
     def done(self, sender: int, note: Note) -> None:
         """Tell ``sender`` that this rank has read what it shows."""
         self._windows[sender].done(note.place, self._slot[self.rank])
+
+    def break_off(self) -> None:
+        """End, from another thread, whatever is waited for here."""
+        self._is_broken = True
+        for line in list(self._lines.values()):
+            with suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End every line; what others wait for from this rank fails at once."""

@@ -25,7 +25,15 @@ from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.heads import HeadsAttention
-from picotron.runtime.kernels import Attention, AttentionCore, LayerNorm, Norm, RmsNorm
+from picotron.runtime.kernels import (
+    Attention,
+    AttentionCore,
+    LayerNorm,
+    Norm,
+    RmsNorm,
+    add_product,
+    statistics_dtype,
+)
 from picotron.runtime.ring import RingAttention
 
 Saved = dict[str, Any]
@@ -173,7 +181,7 @@ class SegmentRunner(ABC):
 
     def _multiply(self, name: str, gradient: torch.Tensor, source: torch.Tensor) -> None:
         left, right = (source, gradient) if self.conv1d else (gradient, source)
-        self.d[name].addmm_(left.t(), right)
+        add_product(self.d[name], left.t(), right)
 
     def _source(self, saved: Saved) -> torch.Tensor | None:
         """The gathered norm of x for weight products: computed again, or left to W."""
@@ -200,7 +208,7 @@ class SegmentRunner(ABC):
 
     def _add_bias_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if name in self.d:
-            self.d[name].add_(gradient.sum(0))
+            self.d[name].add_(gradient.sum(0, dtype=statistics_dtype(gradient.dtype)))
 
     def _input_backward(self, saved: Saved, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Gradient of the normed x from ``gradients`` of its products, which are let go of; and the weights'.

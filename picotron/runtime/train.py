@@ -27,7 +27,7 @@ from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset
 from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import LossError, Session, StepResult, check_world
-from picotron.runtime.record import measurement_data
+from picotron.runtime.record import finite_or_none, measurement_data
 from picotron.runtime.run import (
     Measurement,
     check_data,
@@ -101,9 +101,10 @@ def train(
 ) -> Measurement | None:
     """Train ``plan`` for ``steps`` steps into ``folder``; the measurement (None on ranks other than 0).
 
-    Weights are saved every ``save_every`` steps (0: only at the end). A loss that is not finite raises
-    LossError after the last good weights have been saved. Raises PlanError before anything runs for a plan,
-    data or folder that will not do. ``seed`` and ``world`` are of simulated ranks, as in ``run``.
+    Weights are saved every ``save_every`` steps (0: only at the end). More steps in a row without a finite
+    loss than the plan's ``max_skipped_steps`` raise LossError after the last good weights have been saved.
+    Raises PlanError before anything runs for a plan, data or folder that will not do. ``seed`` and ``world``
+    are of simulated ranks, as in ``run``.
     """
     check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
     check_simulated(plan, backend, world, steps)
@@ -226,14 +227,18 @@ class _Keeper:
         write_text(self.folder / "timeline.json", measured_trace(measurement), "a trace")
 
 
-def _metrics(session: Session, result: StepResult, seconds: float) -> dict[str, float | int | str]:
-    """One line of metrics.jsonl: ``seconds`` are the host's, ``rank_seconds`` of rank 0's own clock."""
+def _metrics(session: Session, result: StepResult, seconds: float) -> dict[str, float | int | str | None]:
+    """One line of metrics.jsonl: ``seconds`` are the host's, ``rank_seconds`` of rank 0's own clock.
+
+    What is not a finite number is null; a step with such a loss or gradient norm has been skipped.
+    """
     return {
         "step": result.step,
-        "loss": result.loss,
+        "loss": finite_or_none(result.loss),
         "tokens": result.num_tokens,
         "seconds": seconds,
-        "grad_norm": result.grad_norm,
+        "grad_norm": finite_or_none(result.grad_norm),
+        "skipped": result.skipped,
         "learning_rate": result.learning_rate,
         "rank_seconds": result.seconds,
         "rank_clock": session.backend.capabilities.clock,

@@ -286,7 +286,7 @@ def test_what_forward_keeps_of_a_gated_mlp() -> None:
     """Its output, gate, up and the norm's inverse: no product and no normed input."""
     forward, _ = _bodies(LLAMA, Topology())
     live, _ = segment_memory(forward.segments[2])
-    kept = (8 * 8 + 2 * 8 * 12 + 8) * 2
+    kept = (8 * 8 + 2 * 8 * 12) * 2 + 8 * 4
     assert dict(zip(CATEGORIES, live.tolist(), strict=True)) == dict.fromkeys(CATEGORIES, 0) | {
         "activations": kept
     }
@@ -387,7 +387,7 @@ def test_what_stays_between_the_halves() -> None:
     """
     bodies = _all_bodies(LLAMA, Topology())
     hidden, inner = 8 * 8 * 2, 8 * 12 * 2
-    norm = {"x": hidden, "inverse": 8 * 2}
+    norm = {"x": hidden, "inverse": 8 * 4}
     heads = {"context": hidden, "dq": hidden, "dk": hidden // 2, "dv": hidden // 2}
     assert _kept(bodies, 0) == {"token_ids": 8 * 8, "dy": hidden}
     assert _kept(bodies, 1) == norm | heads | {"dy": hidden}
@@ -416,7 +416,7 @@ def test_what_experts_leave_for_their_weights() -> None:
     columns = dict.fromkeys(("product", "dgate", "dproduct"), rows * 12 * 2)
     ends = dict.fromkeys(("dispatched", "expert doutput"), rows * 8 * 2)
     experts = {f"expert {name}": size for name, size in columns.items()} | ends
-    assert live == {"x": hidden, "inverse": 8 * 2, "scores": 8 * 4 * 4} | experts
+    assert live == {"x": hidden, "inverse": 8 * 4, "scores": 8 * 4 * 4} | experts
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])

@@ -66,7 +66,7 @@ def test_static_bytes_by_hand() -> None:
         "parameters": 2 * numel,
         "gradients": 4 * numel,
         "optimizer": (4 + 4 + 4) * numel + 4 * 12,
-        "constants": 24 + 2 * 4 * 1 * 2,
+        "constants": 24 + 2 * 4 * 1 * 4,  # the angles' cosines and sines in fp32
     }
 
 

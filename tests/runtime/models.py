@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.layout import Placement
@@ -28,7 +28,8 @@ from picotron.runtime.pipeline import Session, StepResult
 from picotron.runtime.simulated import simulate
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
-TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10, "bf16": 2.0**-5}  # bf16 to bf16; see bf16_excess
+BF16_FACTOR, BF16_FLOOR = 2.0, 2.0**-8  # one unit of the last place of bf16
 
 Gradients = Mapping[str, torch.Tensor]
 Samples = Sequence[np.ndarray]
@@ -277,3 +278,44 @@ def memory_shares(made: TrainingPlan, reports: Sequence[RankReport]) -> list[flo
                 np.testing.assert_array_equal(getattr(measured, column), getattr(planned, column), column)
             shares += (measured.peak_bytes / planned.peak_bytes).tolist()
     return shares
+
+
+def bf16_weights(placement: Placement) -> torch.Tensor:
+    """``random_weights`` rounded to bf16, so that every precision trains the same ones."""
+    return random_weights(placement).to(torch.bfloat16).to(torch.float64)
+
+
+def wide_gradients(made: TrainingPlan, data: Samples, **how: Any) -> tuple[Gradients, float]:
+    """Whole gradients of the first step from ``bf16_weights``, as fp64, and its loss."""
+    reports = train(made, data, steps=1, weights=bf16_weights, **how)
+    whole = assemble(made, [report.gradients[0] for report in reports])
+    return {name: gradient.double() for name, gradient in whole.items()}, reports[0].results[0].loss
+
+
+def in_precision(made: TrainingPlan, precision: str) -> TrainingPlan:
+    """The plan of the same training, computed otherwise; gradients are kept and travel as it has them."""
+    changes = {"gradient_dtype": None, "reduce_dtype": None, "precision": precision}
+    return evolve(made, workload=evolve(made.workload, **changes))
+
+
+def bf16_excess(many: Gradients, one: Gradients, exact: Gradients) -> tuple[float, str]:
+    """The rule of parity in bf16: by how much ``many`` ranks break it (0: not at all), for which tensor.
+
+    The error of each tensor to ``exact`` (fp64, the same weights), by the scale of the rule for fp64, is at
+    most BF16_FACTOR times the largest of any tensor on ``one`` rank in bf16, plus BF16_FLOOR; that of all
+    together at most BF16_FACTOR times that on one rank, plus a fourth of BF16_FLOOR.
+    """
+    found, allowed = gradient_errors(many, exact), gradient_errors(one, exact)
+    limit = BF16_FACTOR * max(allowed.values()) + BF16_FLOOR
+    beyond = {name: error - limit for name, error in found.items() if not error <= limit}
+    together = _error_together(many, exact) - BF16_FACTOR * _error_together(one, exact) - BF16_FLOOR / 4
+    if not together <= 0:
+        beyond["all together"] = together
+    worst = max(beyond, key=lambda name: _not_a_number_last(beyond[name]), default="")
+    return beyond.get(worst, 0.0), worst
+
+
+def _error_together(gradients: Gradients, exact: Gradients) -> float:
+    """Distance of all gradients as one vector, over its length."""
+    difference = sum(float((gradients[name] - exact[name]).square().sum()) for name in exact)
+    return math.sqrt(difference / sum(float(tensor.square().sum()) for tensor in exact.values()))

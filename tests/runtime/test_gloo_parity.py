@@ -84,6 +84,7 @@ CASES: dict[str, Case] = {
         {"global_batch": 5},
         {"pp": 4, "schedule": "dualpipe-v"},
     ),
+    "dp2 pp2 bf16": ({"family": "llama"}, {"precision": "bf16", "reduce_dtype": "bf16"}, {"dp": 2, "pp": 2}),
     "dp2 pp2 zb-h1": ({"family": "gpt2", "tied": True}, {}, {"dp": 2, "pp": 2, "schedule": "zb-h1"}),
     "pp2 tp2 sp zb-h1 recomputed": (
         {"family": "llama", "layers": 4, "tied": True},
@@ -125,6 +126,7 @@ SOCKETS = ("dp2 tp2", "cp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run o
 MEASURED = (
     "dp2",
     "pp2",
+    "dp2 pp2 bf16",
     "tp3",
     "cp2",
     "cp2 by head",

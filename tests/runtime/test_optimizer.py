@@ -119,6 +119,33 @@ def test_adamw_is_torchs(parallel: dict[str, int]) -> None:
         torch.testing.assert_close(weights[-1][name], tensor, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("gradient_dtype", [None, "bf16"])
+def test_adamw_in_bf16_moves_main_weights_in_fp32(gradient_dtype: str | None) -> None:
+    """Three steps: main weights are torch's of fp32 weights and gradients, and the weights those, rounded."""
+    formats = {"precision": "bf16", "gradient_dtype": gradient_dtype}
+    work = tiny_workload(optimizer="adamw", learning_rate=1e-3, **formats)
+    made = tiny_plan(tiny_model("llama"), work)
+    data = random_samples(made.model.vocab_size, made.workload.seq_len)
+
+    def main(backend: Backend) -> tuple[Tensors, list[Tensors], Tensors, Tensors]:
+        session = Session(made, backend, random_weights)
+        first = {name: tensor.clone() for name, tensor in session.parameters.main.items()}
+        gradients = []
+        for step in range(3):
+            session.step(step_batches(made, data, consumed=step * work.global_batch, dp_index=0))
+            gradients.append({name: gradient.clone().float() for name, gradient in session.gradients.items()})
+        return first, gradients, session.parameters.main, session.weights
+
+    first, gradients, mains, weights = simulate(main, 1)[0]
+    expected = torchs(
+        torch.optim.AdamW, first, gradients, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=False
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mains[name], tensor, rtol=1e-6, atol=1e-7)
+        assert torch.equal(weights[name], mains[name].to(torch.bfloat16))
+        assert not torch.equal(mains[name], weights[name].float())
+
+
 def test_gradient_descent_is_torchs() -> None:
     """Weights less rate times (gradient + decay times weight), norms and biases without decay."""
     made = tiny_plan(tiny_model("gpt2"), tiny_workload(weight_decay=0.1, learning_rate=0.1), tp=2)

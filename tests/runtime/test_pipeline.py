@@ -259,7 +259,8 @@ def test_microbatches_without_labels_are_allowed() -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_loss_that_is_no_number_changes_no_weight(poison: float, rank: int, optimizer: str) -> None:
     """One bad element on one of eight ranks: all raise LossError, and all weights stay as they were."""
-    made = tiny_plan(tiny_model("llama", tied=True), tiny_workload(optimizer=optimizer), dp=2, pp=2, tp=2)
+    work = tiny_workload(optimizer=optimizer, max_skipped_steps=0)
+    made = tiny_plan(tiny_model("llama", tied=True), work, dp=2, pp=2, tp=2)
 
     def main(backend: Backend) -> str:
         session = Session(made, backend, random_weights)
@@ -277,12 +278,49 @@ def test_a_loss_that_is_no_number_changes_no_weight(poison: float, rank: int, op
 
     (message,) = set(simulate(main, 8))
     assert message.startswith("loss and gradient norm must be finite, got ")
-    assert "in step 1; the weights are those of the step before" in message
+    assert "in step 1; the weights are those of the last good step" in message
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_step_without_a_finite_loss_is_skipped(precision: str) -> None:
+    """NaN in what one of eight ranks computes: all skip the step alike, weights and optimizer as they were.
+
+    The second in a row ends the run where one is allowed; a good step in between begins the count anew.
+    """
+    work = tiny_workload(optimizer="adamw", precision=precision, max_skipped_steps=1)
+    made = tiny_plan(tiny_model("llama", tied=True), work, dp=2, pp=2, tp=2)
+
+    def main(backend: Backend) -> tuple[tuple[bool, ...], str]:
+        session, found = Session(made, backend, random_weights), []
+        own = next(w for name, w in session.weights.items() if "up_proj" in name)
+
+        def state() -> list[torch.Tensor]:
+            standing = session.parameters.standing()
+            return [t.clone().nan_to_num() for t in (*standing["parameters"], *standing["optimizer"])]
+
+        for poisoned in (False, True, False, True):
+            kept = own[0, 0].clone()
+            own[0, 0] = math.nan if poisoned and backend.rank == 5 else kept
+            before, result = state(), step(session)
+            after = state()
+            found.append(result.skipped)
+            assert math.isnan(result.loss) is result.skipped
+            assert all(map(torch.equal, before, after)) is result.skipped
+            own[0, 0] = kept if result.skipped else own[0, 0]
+        own[0, 0] = math.nan if backend.rank == 5 else own[0, 0]
+        with pytest.raises(LossError) as caught:
+            step(session)
+        assert session.num_steps == 4
+        return tuple(found), str(caught.value).split(": ", 1)[1]
+
+    ((found, message),) = set(simulate(main, 8))
+    assert found == (False, True, False, True)
+    assert "in step 4, and none in the 1 skipped before it; the weights are those of the last good" in message
 
 
 def test_training_goes_on_after_a_bad_step() -> None:
     """With the bad weight put right the next step is the one that would have been."""
-    made = tiny_plan(tiny_model("qwen2"), tiny_workload(optimizer="adamw"), dp=2, tp=2)
+    made = tiny_plan(tiny_model("qwen2"), tiny_workload(optimizer="adamw", max_skipped_steps=0), dp=2, tp=2)
 
     def main(backend: Backend) -> list[float]:
         session = Session(made, backend, random_weights)

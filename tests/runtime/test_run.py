@@ -187,8 +187,7 @@ def refused(**changes: Any) -> TrainingPlan:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 REFUSED: dict[str, tuple[Callable[[], TrainingPlan], str]] = {
     "mixtral": (lambda: refused(config=MIXTRAL), "the family mixtral"),
-    "bf16": (lambda: refused(work={"precision": "bf16"}), "precision bf16"),
-    "context": (lambda: refused(cp=2), "context parallelism, cp=2"),
+    "fp16": (lambda: refused(work={"precision": "fp16"}), "precision fp16"),
     "yarn": (lambda: refused(config=tiny_config("llama", rope_scaling=YARN)), "rope scaling yarn"),
     "gated gelu": (
         lambda: refused(config=tiny_config("llama", hidden_act="gelu_pytorch_tanh")),
@@ -212,9 +211,9 @@ def test_what_cannot_run_yet_is_refused_by_name(case: str) -> None:
 
 def test_everything_that_is_missing_is_listed() -> None:
     """One line each; an unknown backend is one of them."""
-    made = refused(config=MIXTRAL, work={"precision": "bf16"}, cp=2)
+    made = refused(config=MIXTRAL, work={"precision": "fp16"})
     lines = unsupported(made, "tpu")
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert lines[-1] == "the backend tpu (runnable: simulated, gloo, nccl)"
 
 

@@ -116,6 +116,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights_saved(tmp_pa
     assert tensors and all(math.isfinite(float(tensor.sum())) for tensor in tensors)
 
 
+def test_a_skipped_step_is_told_and_read_back(tmp_path: Path):
+    """After a first step too long: their lines, the measurement and what is read of it have no number."""
+    plan = a_plan(learning_rate=1e30, max_grad_norm=0.0)
+    measured = train(plan, TEXT, tmp_path / "run", steps=3)
+    assert measured is not None and measured.skipped == (1, 2)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, True, True]
+    again = measurement_from_json((tmp_path / "run/measurement.json").read_text())
+    assert again.skipped == (1, 2)
+    assert lines[1]["grad_norm"] is None and math.isnan(again.grad_norms[1])
+
+
 def test_saved_weights_continue_where_they_were(tmp_path: Path):
     """A session on the saved weights has, on the next samples, the loss that the next step had."""
     plan = a_plan(optimizer="sgd")

@@ -142,6 +142,23 @@ def test_a_model_is_transformers(variant: str) -> None:
     assert_equal(tiny_config(**VARIANTS[variant]), "fp32", 1e-5)
 
 
+@pytest.mark.parametrize("variant", ["llama tied", "llama3 rope", "qwen3", "gpt2"])
+def test_a_model_in_bf16_is_as_near_as_transformers(variant: str) -> None:
+    """To transformers in fp32 from the same weights: no further than transformers in bf16, or half more."""
+    config = tiny_config(**VARIANTS[variant])
+    wide, narrow = causal_lm(config, torch.float32), causal_lm(config, torch.bfloat16)
+    wide.load_state_dict(narrow.state_dict())
+    weights = given_weights({name: tensor.detach() for name, tensor in wide.state_dict().items()})
+    logits, loss, gradients, batches = one_rank(ModelSpec.from_hf(config), weights, "bf16")
+    exact_logits, exact_loss, exact = theirs(wide, batches)
+    their_logits, their_loss, their_gradients = theirs(narrow, batches)
+    assert logits.dtype == torch.bfloat16 and {g.dtype for g in gradients.values()} == {torch.float32}
+    assert (logits - exact_logits).norm() <= 1.5 * (their_logits - exact_logits).norm()
+    assert abs(loss - exact_loss) <= 1.5 * abs(their_loss - exact_loss) + 2e-3 * exact_loss
+    found, allowed = gradient_errors(gradients, exact), gradient_errors(their_gradients, exact)
+    assert max(found.values()) <= 1.5 * max(allowed.values())
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_cut_sequence_is_transformers(context: str) -> None:
     """Loss and every gradient of two ranks that share sequences, within 1e-5 in fp32."""
