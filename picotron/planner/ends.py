@@ -66,10 +66,8 @@ def embedding_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     d, incoming, ids = ops.d, ops.g(1), _token_ids(ops)
     if model.rope_theta is None:
         wide = _wide(ops, "wide position gradient", d.local_tokens)
-        reads = [incoming, *wide]
-        ops.kernel(
-            "position gradient", d.local_tokens * d.hidden, passes=3, creates=wide, frees=wide, reads=reads
-        )
+        size = d.local_tokens * d.hidden
+        ops.kernel("position gradient", size, passes=3, creates=wide, frees=wide, reads=[incoming])
     full = ops.gathered("gather gradient", incoming, keep=True, for_weights=True)
     masks = _vocabulary_masks(ops, d.tokens, reads=[ids]) if d.tp > 1 else []
     held = [*dict.fromkeys((full, incoming)), *masks, ids]
