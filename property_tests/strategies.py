@@ -17,6 +17,7 @@ from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
 from picotron.planner.plan import TrainingPlan, plan
 from picotron.planner.recompute import MODES
+from picotron.planner.sharding import ACCUMULATES, GRADIENTS, PARAMETERS, RESHARDS
 from picotron.planner.topology import AXES, Topology
 from picotron.planner.workload import Workload
 
@@ -249,14 +250,35 @@ def contexts(model: ModelSpec, cp: int, tp: int) -> list[ContextParallel]:
 
 
 @st.composite
-def savings(draw: st.DrawFn, data_ranks: int, num_layers: int) -> dict[str, Any]:
-    """What saves memory in a plan of so many data-parallel ranks and layers: ZeRO, recompute, offload."""
-    zero_stage = draw(st.integers(0, 3))
+def shardings(
+    draw: st.DrawFn, data_ranks: int, *, gathers: bool = True, experts: bool = False
+) -> dict[str, Any]:
+    """What so many data-parallel ranks share rather than copy, and the choices that come with it.
+
+    ``gathers``: whether they may share parameters too. ``experts``: whether the model has any.
+    """
+    stage = draw(st.integers(0, 3 if gathers else 2))
+    if not stage:
+        return {}
+    found: dict[str, Any] = {
+        "zero_stage": stage,
+        "shard": draw(st.sampled_from([None, *divisors(data_ranks)])),
+    }
+    if stage >= GRADIENTS:
+        found["accumulate"] = draw(st.sampled_from([None, *ACCUMULATES]))
+    if stage >= PARAMETERS:
+        found["reshard"] = draw(st.sampled_from([None, *RESHARDS[: 1 if experts else None]]))
+    return found
+
+
+@st.composite
+def savings(draw: st.DrawFn, data_ranks: int, model: ModelSpec) -> dict[str, Any]:
+    """What saves memory in a plan of so many data-parallel ranks: ZeRO, recompute, offload."""
+    num_layers = model.num_layers
     modes, flags = st.sampled_from(MODES), st.booleans()
     layers = {"min_size": num_layers, "max_size": num_layers}
     return {
-        "zero_stage": zero_stage,
-        "shard": draw(st.sampled_from([None, *divisors(data_ranks)])) if zero_stage else None,
+        **draw(shardings(data_ranks, experts=model.experts is not None)),
         "recompute": draw(modes | st.lists(modes, **layers).map(tuple)),
         "offload": draw(flags | st.lists(flags, **layers).map(tuple)),
     }
@@ -267,7 +289,7 @@ def saving_plans(draw: st.DrawFn, max_ranks: int = 8, families: tuple[str, ...] 
     """A plan of ``plans`` with any of ``savings``."""
     request, asked = draw(requests(max_ranks, families))
     data_ranks = request[1].num_devices // (asked["pp"] * asked["tp"])
-    return plan(*request, **asked | draw(savings(data_ranks, request[0].num_layers)))
+    return plan(*request, **asked | draw(savings(data_ranks, request[0])))
 
 
 @st.composite

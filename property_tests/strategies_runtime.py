@@ -16,7 +16,7 @@ from picotron.planner.plan import TrainingPlan
 from picotron.planner.recompute import MODES
 from picotron.planner.topology import AXES
 from picotron.planner.workload import Workload
-from property_tests.strategies import contexts, plannable
+from property_tests.strategies import contexts, plannable, shardings
 from tests.runtime.models import FAMILIES, tiny_model, tiny_plan, tiny_workload
 
 MAX_RANKS = 16
@@ -101,8 +101,12 @@ def trainings(
     precisions: tuple[str, ...] = ("fp64", "fp32"),
     max_ranks: int = MAX_RANKS,
     least_batch: int = 1,
+    gathers: bool = True,
 ) -> Training:
-    """A training of any decoder on any topology of at most ``max_ranks`` ranks, by any schedule."""
+    """A training of any decoder on any topology of at most ``max_ranks`` ranks, by any schedule.
+
+    ``gathers``: whether ranks may share parameters, and gather them.
+    """
     dp, pp, cp, tp = draw(st.sampled_from(all_degrees(max_ranks)))
     micro_batch = draw(st.integers(1, 2))
     least = -(-least_batch // (dp * micro_batch))
@@ -131,6 +135,7 @@ def trainings(
         work,
         recompute=draw(st.just("none") | modes | by_layer(modes, model.num_layers)),
         offload=draw(st.just(False) | by_layer(flags, model.num_layers)),
+        **draw(shardings(dp * cp, gathers=gathers)),
         dp=dp,
         pp=pp,
         cp=cp,

@@ -69,7 +69,7 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
         micro_batch=micro_batch,
         sequence_parallel=draw(st.sampled_from([None, False])),
         bucket_bytes=draw(st.integers(1, 2**30)),
-        **draw(savings(dp, model.num_layers)),
+        **draw(savings(dp, model)),
     )
 
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picotron.planner.cost import of_kind
-from picotron.planner.layout import counts_in_norm
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import predict
@@ -33,7 +32,6 @@ def _naive(made: TrainingPlan, rank: int) -> list[tuple[int, int, int, int]]:
     boundary = made.dims(where.tp).local_bytes
     standing = sum(static_bytes(made, where).values())
     live: dict[tuple[int, str], int] = {}
-    counted = sum(counts_in_norm(p, where) for p in made.held(where))
     found = []
 
     def total() -> int:
@@ -65,7 +63,7 @@ def _naive(made: TrainingPlan, rank: int) -> list[tuple[int, int, int, int]]:
             live[named(row, "0.x" if row.kind is Kind.RECV_F else f"{end}.g")] = boundary
         if target in (Kind.SEND_F, Kind.SEND_B):
             assert live.pop(named(row, f"{end}.x" if target is Kind.SEND_F else "0.g")) == boundary
-        peak = max(peak, total()) + (8 * max(1, 3 * counted) if row.kind is Kind.NORM else 0)
+        peak = max(peak, total()) + (8 if row.kind is Kind.NORM else 0)
         found.append((index, -1, total(), peak))
     assert not live
     return found

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from picotron.planner.collectives import wire_bytes
 from picotron.planner.deadlock import check_channels, check_no_deadlock
+from picotron.planner.flat import counted_ranges, flat_bucket
 from picotron.planner.flow import program_times
-from picotron.planner.layout import local_numel
 from picotron.planner.memory import memory_timeline, static_bytes
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.predict import planned_payloads
 from picotron.planner.program import COLLECTIVES, COPIES, Kind, rows
 from picotron.planner.schedule_times import unit_costs
-from picotron.planner.sharding import DATA_GROUPS, OPTIMIZER, data_group
+from picotron.planner.sharding import DATA_GROUPS
 from picotron.planner.simulate import durations, moved
 from picotron.planner.topology import coordinate, group_size, groups
 from property_tests.strategies import DENSE, SPARSE, divisors, saving_plans, topologies
@@ -44,26 +44,44 @@ def test_runs_and_what_crosses_them_partition_the_world(topology, data) -> None:
 
 @given(saving_plans(families=EVERY))
 def test_parts_make_up_the_whole(made: TrainingPlan) -> None:
-    """The parts of all ranks that share a copy are the tensor and less than an element a rank of padding."""
-    where, sharding = coordinate(made.topology, 0), made.sharding
-    for placement in made.held(where):
-        size, whole = sharding.size(data_group(placement)), local_numel(placement, where)
-        part = sharding.numel(placement, where, OPTIMIZER)
-        assert sharding.degree(data_group(placement)) % size == 0
-        assert whole <= part * size < whole + size
-        assert sharding.padded_numel(placement, where) == part * size
+    """The parts of all ranks that share a bucket are its buffer without a gap; little of it is padding."""
+    where = coordinate(made.topology, 0)
+    for bucket in (bucket for own in made.stage_buckets for bucket in own):
+        flat = flat_bucket(made, bucket, where)
+        parts = [flat.part(place) for place in range(flat.ranks)]
+        assert (parts[0][0], parts[-1][1]) == (0, flat.padded_numel)
+        assert all(one[1] == two[0] for one, two in pairwise(parts))
+        assert flat.numel <= flat.padded_numel < flat.numel + flat.ranks
+        assert [flat.range_of(name) for name in flat.names] == list(pairwise(flat.offsets))
+        assert all(flat.ranks == 1 or len(shape) > 1 for shape in flat.shapes)
+
+
+@given(saving_plans())
+def test_every_parameter_is_counted_once(made: TrainingPlan) -> None:
+    """Over all ranks of the world the ranges that each counts are every element of the model."""
+    counted = 0
+    for rank in range(made.topology.world_size):
+        where = coordinate(made.topology, rank)
+        for stage in made.rank_stages(where.pp):
+            for bucket in made.stage_buckets[stage]:
+                for first, stop in counted_ranges(made, flat_bucket(made, bucket, where), where):
+                    assert 0 <= first < stop
+                    counted += stop - first
+    assert counted == made.model.num_parameters
 
 
 @given(saving_plans(families=EVERY))
 def test_a_higher_stage_keeps_no_more(made: TrainingPlan) -> None:
-    """Stage by stage nothing that always stands grows; nothing is recomputed or offloaded in place of it."""
+    """Stage by stage nothing that always stands grows, but for less than an element a bucket and rank."""
     asked = {"shard": made.shard if made.zero_stage else None}
-    stages = [evolve(made, zero_stage=0, shard=None)]
-    stages += [evolve(made, zero_stage=stage, **asked) for stage in (1, 2, 3)]
-    for rank in {0, made.topology.world_size - 1}:
+    stages = [evolve(made, zero_stage=0, shard=None, accumulate=None, reshard=None)]
+    stages += [evolve(made, zero_stage=stage, accumulate=None, reshard=None, **asked) for stage in (1, 2, 3)]
+    ranks = made.topology.world_size
+    padding = ranks * 8 * max(sum(map(len, one.stage_buckets)) for one in stages)
+    for rank in {0, ranks - 1}:
         found = [static_bytes(one, coordinate(made.topology, rank)) for one in stages]
         for lower, higher in pairwise(found):
-            assert all(higher[name] <= size for name, size in lower.items())
+            assert all(higher[name] <= size + padding for name, size in lower.items())
 
 
 @given(saving_plans(families=EVERY), st.integers(0, 1000))
@@ -112,10 +130,12 @@ def test_members_of_a_group_hand_over_the_same_bytes(made: TrainingPlan) -> None
 def test_two_halves_send_what_the_whole_did(made: TrainingPlan) -> None:
     """With equal formats a bucket's reduce-scatter and gather are an all-reduce, each over all ranks."""
     form = made.format
-    made = evolve(made, zero_stage=1, shard=None)
+    made = evolve(made, zero_stage=1, shard=None, accumulate=None, reshard=None)
     size = group_size(made.topology, "dp_cp")
-    for sums, gather in zip(made.bucket_sums(0), made.bucket_gathers(0), strict=True):
-        assert (gather is None) == (size == 1)
+    columns = (made.stage_buckets[0], made.bucket_sums(0), made.bucket_gathers(0))
+    for bucket, sums, gather in zip(*columns, strict=True):
+        is_shared = size > 1 and len(made.placement(bucket.names[0]).shape) > 1
+        assert (gather is not None) == is_shared
         if gather is not None:
             assert gather.bytes * form.gradient == sums[0].bytes * form.compute
             halves = [wire_bytes(kind, sums[0].bytes, size) for kind in ("reduce_scatter", "all_gather")]

@@ -28,6 +28,7 @@ from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, schedule_of
 from picotron.planner.plan import plan
 from picotron.planner.serialize import plan_to_json
+from picotron.planner.sharding import ACCUMULATES, RESHARDS
 from picotron.planner.workload import Workload
 
 EXAMPLE = (
@@ -67,6 +68,16 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 parameters too (default 0)",
     ),
     "shard": (_INTEGER, "data-parallel ranks that share one sharded copy (default: all dp * cp)"),
+    "accumulate": (
+        {"choices": ACCUMULATES},
+        "gradients of ZeRO 2 and 3: reduced into parts in every microbatch, or full until the last (default "
+        "sharded)",
+    ),
+    "reshard": (
+        {"choices": RESHARDS},
+        "what parameters of ZeRO 3 are gathered for: an embedding, layer or head at a time, or a stage while "
+        "consecutive cells use it (default unit)",
+    ),
     "recompute": (
         {"type": modes, "metavar": "MODE"},
         "what backward computes again: none, selective (the attention core) or full, or one for each layer, "

@@ -175,6 +175,10 @@ def _waits(step: SimulatedStep, number: int, own: Sequence[Row]) -> tuple[Parts,
     now = spent = 0.0
     for index, row in enumerate(own):
         if row.anchor_row >= 0:
+            if row.kind is Kind.WAIT:  # inside a body, which it prolongs
+                held = end[index] - start[index]
+                found[_AWAITED[own[row.target].kind]] += held
+                spent -= held
             continue
         if row.kind in COMPUTE or row.kind is Kind.UPDATE:
             spent += end[index] - start[index]

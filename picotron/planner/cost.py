@@ -226,10 +226,10 @@ def update_seconds(plan: TrainingPlan, stage: int, tp_index: int = 0) -> float:
     expert-parallel rank holds.
     """
     where = Coordinate(pp=plan.stage_rank(stage), tp=tp_index)
-    own = [plan.sharding.numel(p, where, OPTIMIZER) for p in plan.stage_held(stage, where)]
+    num_elements, num_tensors = plan.kept_numel(stage, where, OPTIMIZER), len(plan.stage_held(stage, where))
     reached = plan.cluster.efficiency
     once = reached.step_seconds / len(plan.rank_stages(where.pp)) if reached.step_seconds else 0.0
-    return _optimizer_seconds(plan, sum(own), len(own)) * reached.compute_scale + once
+    return _optimizer_seconds(plan, num_elements, num_tensors) * reached.compute_scale + once
 
 
 def _optimizer_seconds(plan: TrainingPlan, num_elements: int, num_tensors: int) -> float:

@@ -350,6 +350,8 @@ def _memory_savings(plan: TrainingPlan) -> list[str]:
     if plan.zero_stage:
         ranks = plan.shard or plan.topology.dp * plan.topology.cp
         said.append(f"ZeRO stage {plan.zero_stage} over {ranks} ranks")
+        said += ["full gradients until the last microbatch"] * (plan.accumulate == "full")
+        said += ["parameters gathered for a stage"] * (plan.reshard == "stage")
     counts = {mode: plan.recompute.count(mode) for mode in ("selective", "full")}
     said += [f"{mode} recompute of {count} of {layers} layers" for mode, count in counts.items() if count]
     if any(plan.offload):

@@ -149,9 +149,7 @@ class _Run:
                 yield from self.compute(lane, index, row)
                 found[index] = Span(began, self.free[lane])
             elif kind is Kind.WAIT:
-                target = found[row.target]
-                yield from self.wait(lane, target if isinstance(target, _Meeting) else _Meeting(1))
-                found[index] = Span(began, self.free[lane])
+                yield from self.wait_row(lane, index)
             elif kind is Kind.UPDATE:
                 found[index] = self.spend(lane, own.update_seconds * own.factor)
             elif kind is Kind.RESHARD:
@@ -177,6 +175,13 @@ class _Run:
             yield meeting
         assert meeting.span is not None
         self.spend(lane, 0.0, ready=meeting.span.end)
+
+    def wait_row(self, lane: int, index: int) -> _Walk:
+        """Hold the lane until what a WAIT is for has ended."""
+        found, began = self.found[lane], self.free[lane]
+        target = found[self.lanes[lane].rows[index].target]
+        yield from self.wait(lane, target if isinstance(target, _Meeting) else _Meeting(1))
+        found[index] = Span(began, self.free[lane])
 
     def post(self, lane: int, stream: Stream, first: float, then: Sequence[float] = ()) -> _Meeting:
         """Come to the next operation of a stream: of ``first`` seconds, and ``then`` of more in a chain."""
@@ -223,7 +228,10 @@ class _Run:
             number = position if row.kind is Kind.FORWARD else len(segments) - 1 - position
             for posted in self.anchored[lane].get((index, number), ()):
                 self.pause(lane, posted)
-                self.post_row(lane, posted)
+                if own.rows[posted].kind is Kind.WAIT:
+                    yield from self.wait_row(lane, posted)
+                else:
+                    self.post_row(lane, posted)
 
     def compute_segment(self, lane: int, segment: SegmentCost) -> _Walk:
         own, under_way = self.lanes[lane], deque[_Meeting]()

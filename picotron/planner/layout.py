@@ -7,6 +7,7 @@ over which identical copies live, and the groups over which its gradient must st
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from attrs import frozen
 
@@ -108,12 +109,17 @@ def local_numel(placement: Placement, where: Coordinate) -> int:
     return math.prod(local_shape(placement, where))
 
 
-def counts_in_norm(placement: Placement, where: Coordinate) -> bool:
-    """Whether this copy is the one that a sum over all ranks counts (gradient norm, number of elements)."""
+def counts_in_norm(placement: Placement, where: Coordinate, *, shared: Collection[str] = ()) -> bool:
+    """Whether this copy is the one that a sum over all ranks counts (gradient norm, number of elements).
+
+    ``shared``: axes whose ranks hold parts of one copy rather than copies.
+    """
     if placement.tied_to is not None:
         return False
     first_copy = placement.cut is None or getattr(where, placement.cut.axis) % placement.cut.copies == 0
-    return first_copy and all(getattr(where, axis) == 0 for axis in placement.replicated)
+    return first_copy and all(
+        getattr(where, axis) == 0 for axis in placement.replicated if axis not in shared
+    )
 
 
 def layout(

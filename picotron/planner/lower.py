@@ -12,7 +12,7 @@ from itertools import pairwise
 from attrs import frozen
 
 from picotron.planner.data import Bucket
-from picotron.planner.passes import with_streams
+from picotron.planner.passes import with_streams, with_unsharding
 from picotron.planner.pipeline import Schedule
 from picotron.planner.program import (
     COUNT_BYTES,
@@ -58,13 +58,16 @@ __all__ = [
 class Sharded:
     """What is done with each bucket of each stage: its collectives in order, the first inside its B or W.
 
-    ``each_microbatch``: a first one that is a reduce-scatter in every B or W, not in the last alone.
-    ``gathers``: after the update, where there is one.
+    ``scattered``: of each, whether the first one is in every B or W, not in the last alone, and
+    ``waits_inside``: whether it is waited for there. ``gathers``: after the update, where there is one.
+    ``unsharding``: where whole stages are gathered, the payload of each, and the group over which.
     """
 
     sums: Sequence[Sequence[Sequence[Exchange]]] = ()
     gathers: Sequence[Sequence[Exchange | None]] = ()
-    each_microbatch: bool = False
+    scattered: Sequence[Sequence[bool]] = ()
+    waits_inside: bool = True
+    unsharding: tuple[Sequence[int], str] | None = None
 
 
 NOTHING_SHARDED = Sharded()
@@ -101,8 +104,16 @@ def lower(
     program = with_transfers(schedule, boundary_bytes)
     for stream in streams:
         program = with_streams(program, stream.kind, stream.beside, stream.stage_bytes, group=stream.group)
+    if sharded.unsharding is not None:
+        program = with_unsharding(program, sharded.unsharding[0], group=sharded.unsharding[1])
     if sharded.sums:
-        program = with_sums(program, buckets, sharded.sums, each_microbatch=sharded.each_microbatch)
+        program = with_sums(
+            program,
+            buckets,
+            sharded.sums,
+            scattered=sharded.scattered,
+            waits_inside=sharded.waits_inside,
+        )
     else:
         program = with_reductions(program, buckets, bucket_bytes)
     if schedule.bidirectional:

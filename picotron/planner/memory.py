@@ -17,14 +17,14 @@ from attrs import cmp_using, define, field, frozen
 
 from picotron.planner.body import CATEGORIES, INDEX_BYTES, Category, segment_memory
 from picotron.planner.cost import of_kind
-from picotron.planner.layout import counts_in_norm
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, STATISTICS_BYTES, SUMS, Kind, Row, anchored, rows
-from picotron.planner.sharding import GRADIENTS, OPTIMIZER, PARAMETERS
+from picotron.planner.sharding import DATA_GROUPS, GRADIENTS, OPTIMIZER, PARAMETERS
 from picotron.planner.topology import Coordinate, coordinate
 from picotron.planner.workload import MOMENTS
 
-STEP_COUNTER_BYTES = 4  # Adam keeps one fp32 step count a parameter tensor
+STEP_COUNTER_BYTES = 4  # Adam's count of steps, in fp32
+NORM_SCRATCH_BYTES = 8  # the norm of one range of elements at a time, in fp64
 
 _array: Any = field(eq=cmp_using(eq=np.array_equal), repr=False)
 
@@ -58,16 +58,16 @@ class MemoryTimeline:
 
 def static_bytes(plan: TrainingPlan, where: Coordinate) -> dict[Category, int]:
     """Bytes at ``where`` that stand all the time; of what is sharded, this rank's part."""
-    own, sharding = plan.held(where), plan.sharding
+    stages = plan.rank_stages(where.pp)
     optimizer, gradients, parameters = (
-        sum(sharding.numel(p, where, what) for p in own) for what in (OPTIMIZER, GRADIENTS, PARAMETERS)
+        sum(plan.kept_numel(stage, where, what) for stage in stages)
+        for what in (OPTIMIZER, GRADIENTS, PARAMETERS)
     )
     form, moments = plan.format, MOMENTS[plan.workload.optimizer]
     return {
         "parameters": parameters * form.compute,
         "gradients": gradients * form.gradient,
-        "optimizer": optimizer * (form.main + moments * form.moment)
-        + STEP_COUNTER_BYTES * len(own) * (moments > 0),
+        "optimizer": optimizer * (form.main + moments * form.moment) + STEP_COUNTER_BYTES * (moments > 0),
         "constants": STATISTICS_BYTES + _position_bytes(plan, where),
     }
 
@@ -110,17 +110,21 @@ def memory_timeline(plan: TrainingPlan, rank: int) -> MemoryTimeline:
 
 
 def _entries(own: Sequence[Row], moments: _Moments) -> Iterator[tuple[int, int, int]]:
-    """(row, operation, moment) in order; what is posted inside another row is there with row -1."""
+    """(row, operation, moment) in order; what is done inside another row is there with row -1."""
     posted = anchored(own)
     for index, row in enumerate(own):
         if row.anchor_row >= 0:
             continue
-        entries = moments.of(row, own)
+        entries = moments.of(index, own)
         for operation, number in entries:
             yield index, operation, number
             place = len(entries) - 2 - operation  # of a backward's segments, the last runs first
-            for inside in posted.get((index, place), ()) if operation >= 0 else ():
-                yield -1, operation, moments.of(own[inside], own)[-1][1]
+            inside = posted.get((index, place), ()) if operation >= 0 else ()
+            if any(own[one].kind is Kind.REDUCE_SCATTER for one in inside):
+                yield -1, operation, moments.gradients(-moments.ended.get((row.stage, place), 0))
+            for one in inside:
+                if own[one].kind is not Kind.WAIT:
+                    yield -1, operation, moments.of(one, own)[-1][1]
 
 
 @define
@@ -132,6 +136,9 @@ class _Moments:
     segments: dict[tuple[int, Kind], list[int]] = field(factory=dict)  # by stage and phase
     changes: dict[tuple[Kind, Kind], int] = field(factory=dict)  # by row, and what it waits for
     reduced: dict[tuple[int, int], int] = field(factory=dict)  # bytes by stage and bucket, once waited for
+    ended: dict[tuple[int, int], int] = field(factory=dict)  # bytes by stage and segment after which they go
+    gathered: dict[tuple[int, int, bool], int] = field(factory=dict)  # by stage, group, whether for F
+    freed: dict[int, int] = field(factory=dict)  # by stage
     casts: bool = False  # whether gradients are copied to travel
     sums: dict[int, int] = field(factory=dict)  # by bytes of gradients that come or go
 
@@ -147,12 +154,17 @@ class _Moments:
             self.sums[size] = self.add(delta, np.maximum(delta, 0))
         return self.sums[size]
 
-    def of(self, row: Row, own: Sequence[Row]) -> list[tuple[int, int]]:
-        """(operation, moment) of each entry of ``row``: its segments, then the row itself (-1)."""
+    def of(self, index: int, own: Sequence[Row]) -> list[tuple[int, int]]:
+        """(operation, moment) of each entry of a row: its segments, then the row itself (-1)."""
+        row = own[index]
         concerned = own[row.target].kind if row.kind is Kind.WAIT else row.kind
         change = self.changes.get((row.kind, concerned), 0)
         if concerned in SUMS:
             change = self.gradients(self._sum_bytes(row, own))
+        elif row.kind is Kind.UNSHARD:
+            change = self.gathered.get((row.stage, row.group, cell_kind(index, own) is Kind.FORWARD), 0)
+        elif row.kind is Kind.RESHARD:
+            change = self.freed.get(row.stage, 0)
         return [*enumerate(self.segments.get((row.stage, row.kind), ())), (-1, change)]
 
     def _sum_bytes(self, row: Row, own: Sequence[Row]) -> int:
@@ -164,9 +176,16 @@ class _Moments:
         return -filled - target.bytes * self.casts
 
 
+def cell_kind(index: int, own: Sequence[Row]) -> Kind:
+    """What the stage of a row computes next."""
+    stage = own[index].stage
+    return next(row.kind for row in own[index:] if row.kind in COMPUTE and row.stage == stage)
+
+
 def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
     """The moments of the rank at ``where``; number 0 changes nothing."""
     found = _Moments(casts=plan.format.reduce != plan.format.gradient)
+    program = plan.program(where.tp)
     boundary = plan.dims(where.tp).local_bytes
 
     def change(category: Category, size: int) -> int:
@@ -180,32 +199,43 @@ def _moments(plan: TrainingPlan, where: Coordinate) -> _Moments:
         (Kind.WAIT, Kind.SEND_F): change("activations", -boundary),
         (Kind.WAIT, Kind.SEND_B): change("workspace", -boundary),
     }
-    for kind, size in (
-        (Kind.NORM, _norm_scratch_bytes(plan, where)),
-        (Kind.UPDATE, _cast_bytes(plan, where)),
-    ):
+    for kind, size in ((Kind.NORM, NORM_SCRATCH_BYTES), (Kind.UPDATE, _cast_bytes(plan, where))):
         scratch = change("workspace", size)
         found.left[scratch] = np.zeros_like(found.left[scratch])
         found.changes[kind, kind] = scratch
     for stage in plan.rank_stages(where.pp):
         bodies = plan.bodies(stage, where.tp)
-        if plan.zero_stage >= GRADIENTS:
-            scattered = [sums and sums[0].kind is Kind.REDUCE_SCATTER for sums in plan.bucket_sums(stage)]
-            last = max((index for index, is_last in enumerate(scattered) if is_last), default=-1)
-            found.reduced[stage, last] = plan.buffer_bytes(stage, where.tp)
+        _note_fillings(found, plan, stage, where.tp)
+        for group in DATA_GROUPS:
+            sizes, name = plan.gathered_bytes(stage, group, where.tp), plan.sharding.within(group)
+            if not any(sizes):
+                continue
+            number, whole = program.groups.index(name), sum(sizes)
+            first, last = (whole, whole) if plan.reshard == "stage" else (sizes[0], sizes[-1])
+            found.gathered[stage, number, True] = change("parameters", first)
+            found.gathered[stage, number, False] = change("parameters", last)
+            found.freed[stage] = change("parameters", -whole if plan.reshard == "stage" else 0)
         for kind in COMPUTE:
             segments = of_kind(bodies, kind).segments
             found.segments[stage, kind] = [found.add(*segment_memory(segment)) for segment in segments]
     return found
 
 
-def _norm_scratch_bytes(plan: TrainingPlan, where: Coordinate) -> int:
-    """The gradient norm makes three fp64 numbers for each tensor it counts, one if it counts none."""
-    return 8 * max(1, 3 * sum(counts_in_norm(placement, where) for placement in plan.held(where)))
+def _note_fillings(found: _Moments, plan: TrainingPlan, stage: int, tp_index: int) -> None:
+    """When the full gradients go that each B or W reduces, and what they travelled in."""
+    wire = plan.format.reduce if found.casts else 0
+    for filling in plan.variant(stage, tp_index).fillings:
+        if filling.last is None:
+            found.reduced[stage, filling.index] = filling.bytes
+        else:
+            place = stage, filling.last
+            travelled = filling.bytes // plan.format.gradient * wire
+            found.ended[place] = found.ended.get(place, 0) + filling.bytes + travelled
+            found.reduced[stage, filling.index] = -travelled  # by its own wait, nothing is left
 
 
 def _cast_bytes(plan: TrainingPlan, where: Coordinate) -> int:
     """The copy of the gradients that the optimizer takes, where its main weights have more bytes."""
     form = plan.format
-    own = sum(plan.sharding.numel(p, where, OPTIMIZER) for p in plan.held(where))
+    own = sum(plan.kept_numel(stage, where, OPTIMIZER) for stage in plan.rank_stages(where.pp))
     return own * form.main if form.gradient < form.main else 0

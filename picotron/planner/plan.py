@@ -27,6 +27,7 @@ from picotron.planner.plan_rules import (
     two_copies,
 )
 from picotron.planner.recompute import Recompute, flags_by_layer, modes_by_layer
+from picotron.planner.sharding import Accumulate, Reshard
 from picotron.planner.split import rank_split
 from picotron.planner.topology import AXES, Topology
 from picotron.planner.training_plan import SCHEMA_VERSION, TrainingPlan
@@ -59,6 +60,8 @@ def plan(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     zero_stage: int = 0,
     shard: int | None = None,
+    accumulate: Accumulate | None = None,
+    reshard: Reshard | None = None,
     recompute: Recompute | Sequence[Recompute] = "none",
     offload: bool | Sequence[bool] = False,
 ) -> TrainingPlan:
@@ -107,6 +110,8 @@ def plan(
         bucket_bytes=bucket_bytes,
         zero_stage=zero_stage,
         shard=shard,
+        accumulate=accumulate,
+        reshard=reshard,
         recompute=modes_by_layer(recompute, model.num_layers),
         offload=flags_by_layer(offload, model.num_layers),
         chosen=(*why_dp, *why_virtual, *why_sequence, *why_context, *why_layers),

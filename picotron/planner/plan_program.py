@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from picotron.planner.lower import NOTHING_SHARDED, Sharded, Stream, lower
 from picotron.planner.program import Kind, Program
-from picotron.planner.sharding import DATA_GROUPS, GRADIENTS
+from picotron.planner.sharding import DATA_GROUPS, PARAMETERS
 from picotron.planner.stage import offloaded_bytes
 
 if TYPE_CHECKING:
@@ -35,8 +35,16 @@ def _sharded(plan: TrainingPlan, tp_index: int) -> Sharded:
     return Sharded(
         sums=[plan.bucket_sums(stage, tp_index) for stage in stages],
         gathers=[plan.bucket_gathers(stage, tp_index) for stage in stages],
-        each_microbatch=plan.zero_stage >= GRADIENTS,
+        scattered=[[plan.is_scattered(bucket) for bucket in own] for own in plan.stage_buckets],
+        waits_inside=plan.zero_stage < PARAMETERS or plan.reshard == "stage",
+        unsharding=_unsharding(plan, tp_index),
     )
+
+
+def _unsharding(plan: TrainingPlan, tp_index: int) -> tuple[list[int], str] | None:
+    """What is gathered of whole stages, and over which group."""
+    sizes = [sum(plan.gathered_bytes(stage, "dp_cp", tp_index)) for stage in range(plan.num_stages)]
+    return (sizes, plan.sharding.within("dp_cp")) if plan.reshard == "stage" and any(sizes) else None
 
 
 def _streams(plan: TrainingPlan, tp_index: int) -> Iterator[Stream]:
@@ -44,7 +52,7 @@ def _streams(plan: TrainingPlan, tp_index: int) -> Iterator[Stream]:
     stages, backwards = range(plan.num_stages), (Kind.BACKWARD, Kind.BACKWARD_INPUT)
     for group in DATA_GROUPS:
         sizes = [sum(plan.gathered_bytes(stage, group, tp_index)) for stage in stages]
-        if any(sizes):
+        if any(sizes) and plan.reshard != "stage":
             beside, name = (Kind.FORWARD, *backwards), plan.sharding.within(group)
             yield Stream(kind=Kind.UNSHARD, beside=beside, stage_bytes=sizes, group=name)
     if any(plan.offload):

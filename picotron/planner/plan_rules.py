@@ -11,6 +11,7 @@ from picotron.errors import PlanError
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
+from picotron.planner.sharding import ACCUMULATES, GRADIENTS, PARAMETERS, RESHARDS
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import Topology
 from picotron.planner.validators import is_size, shown
@@ -133,16 +134,11 @@ def _check_experts(model: ModelSpec, topology: Topology) -> None:
         raise PlanError(f"ep must be at most the {model.experts.num_experts} experts, got ep={topology.ep}")
 
 
-def check_loss_chunks(chunks: int, zero_stage: int, tokens: int) -> None:
-    """Raise PlanError unless a microbatch's ``tokens`` and their gradients can come in so many chunks."""
+def check_loss_chunks(chunks: int, tokens: int) -> None:
+    """Raise PlanError unless a microbatch's ``tokens`` can come in so many chunks."""
     if chunks > tokens:
         raise PlanError(
             f"loss_chunks must be at most the {tokens} tokens of a microbatch on a rank, got {chunks}"
-        )
-    if chunks > 1 and zero_stage > 1:
-        raise PlanError(
-            f"loss_chunks={chunks} adds to the table's gradient in F, where ZeRO stage {zero_stage} has no "
-            "room for it; plan with zero_stage=1 or loss_chunks=1"
         )
 
 
@@ -160,6 +156,34 @@ def check_shard(zero_stage: int, shard: int | None, topology: Topology) -> None:
         raise PlanError(
             f"shard needs a zero_stage of 1, 2 or 3, got shard={shard} with zero_stage=0; leave shard out"
         )
+
+
+def check_accumulate(zero_stage: int, accumulate: object) -> None:
+    """Raise PlanError unless gradients can be accumulated as ``accumulate`` says."""
+    if accumulate is None:
+        return
+    if accumulate not in ACCUMULATES:
+        raise PlanError(f"accumulate must be one of {', '.join(ACCUMULATES)}, got {shown(accumulate)}")
+    if zero_stage < GRADIENTS:
+        raise PlanError(
+            f"accumulate needs a zero_stage of 2 or 3, got accumulate={accumulate} with "
+            f"zero_stage={zero_stage}; leave accumulate out"
+        )
+
+
+def check_reshard(zero_stage: int, reshard: object, model: ModelSpec) -> None:
+    """Raise PlanError unless parameters can be gathered as ``reshard`` says."""
+    if reshard is None:
+        return
+    if reshard not in RESHARDS:
+        raise PlanError(f"reshard must be one of {', '.join(RESHARDS)}, got {shown(reshard)}")
+    if zero_stage < PARAMETERS:
+        raise PlanError(
+            f"reshard needs a zero_stage of 3, got reshard={reshard} with zero_stage={zero_stage}; "
+            "leave reshard out"
+        )
+    if reshard == "stage" and model.experts is not None:
+        raise PlanError("reshard=stage needs a model without experts, got one with; leave reshard out")
 
 
 def _degree_remedy(num_devices: int, topology: Topology) -> str:

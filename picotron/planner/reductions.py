@@ -1,8 +1,9 @@
 """Sums of gradients as rows of a program: posted inside the backward that completes them.
 
-A bucket's first sum starts inside its stage's last B or W, or inside every one where gradients are sharded;
-what follows (sums over other groups, gathers of updated parameters, sums over two copies of a stage) comes
-after, in an order that every rank of a group shares.
+A bucket's first sum starts inside its stage's last B or W, or inside every one where gradients are kept in
+parts (it is then waited for before the next bucket's starts); what follows (sums over other groups, gathers
+of updated parameters, sums over two copies of a stage) comes after, in an order that every rank of a group
+shares.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from attrs import Factory, frozen
+from attrs import Factory, evolve, frozen
 
 from picotron.errors import PlanError
-from picotron.planner.data import Bucket
+from picotron.planner.data import Bucket, waited_after
 from picotron.planner.passes import cells
 from picotron.planner.pipeline import Schedule
 from picotron.planner.program import (
@@ -48,30 +49,32 @@ def with_sums(
     buckets: Sequence[Sequence[Bucket]],
     sums: Sequence[Sequence[Sequence[Exchange]]],
     *,
-    each_microbatch: bool = False,
+    scattered: Sequence[Sequence[bool]] = (),
+    waits_inside: bool = True,
 ) -> Program:
     """Each bucket's first sum starts inside its stage's last B or W as soon as the bucket is complete.
 
     Its row follows the one it is anchored in; further sums of the same bucket follow the wait for the one
-    before, at the end, stage by stage in the order in which they are complete. ``each_microbatch``: a first
-    one that is a reduce-scatter starts inside every B or W, and has ended before the rank's next one begins.
+    before, at the end, stage by stage in the order in which they are complete. ``scattered``: of each bucket,
+    whether its first sum starts inside every B or W. It is waited for there (``waits_inside``), before the
+    next buckets start; the last ones before the rank's next B or W begins.
     """
     names = (exchange.group for own in sums for bucket in own for exchange in bucket)
     groups = with_groups(program, "dp_cp", "world", *names)
-    wanted = _Wanted(buckets, sums)
+    each = scattered or [[False] * len(own) for own in buckets]
+    wanted = _Wanted(buckets, sums, each, waits_inside)
     added = _Added(program.num_rows)
-    followed = _sums_of_each(program, groups, wanted, added) if each_microbatch else {}
-    started: list[tuple[int, int, Bucket, Sequence[Exchange], int]] = []
-    for (rank, stage), anchor in last_backwards(program).items():
-        for bucket, own in wanted.of(stage):
-            row = _sum(groups, bucket, own[0], anchor, bucket.ready_segment)
-            started.append((rank, anchor, bucket, own, added.post(rank, anchor + 1, row)))
-    for rank, anchor, bucket, own, last in started:
-        stop = program.offsets[rank + 1]
-        scattered = own[0].kind is Kind.REDUCE_SCATTER
-        until = followed.get(anchor, stop) if scattered else stop
-        added.post(rank, until, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
-        for exchange in own[1:]:
+    followed = _sums_of_each(program, groups, wanted, added) if any(map(any, scattered)) else {}
+    started: list[tuple[int, int, _Started]] = []
+    for (rank, _), anchor in last_backwards(program).items():
+        posted = _started(program, groups, wanted, added, (rank, anchor), scattered_only=False)
+        started += [(rank, anchor, one) for one in posted]
+    for rank, anchor, one in started:
+        stop, bucket, last = program.offsets[rank + 1], one.bucket, one.row
+        if not one.is_waited:
+            until = followed.get(anchor, stop) if one.is_scattered else stop
+            added.post(rank, until, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
+        for exchange in one.sums[1:]:
             last = added.post(rank, stop, _sum(groups, bucket, exchange))
             added.post(rank, stop, Row(Kind.WAIT, bucket.stage, part=bucket.index, target=last))
     return with_rows(program, added.rows, groups)
@@ -79,15 +82,33 @@ def with_sums(
 
 @frozen
 class _Wanted:
-    """What is done with each bucket of each stage."""
+    """What is done with each bucket of each stage, and whether every B or W begins with it."""
 
     buckets: Sequence[Sequence[Bucket]]
     sums: Sequence[Sequence[Sequence[Exchange]]]
+    scattered: Sequence[Sequence[bool]]
+    waits_inside: bool
 
-    def of(self, stage: int) -> Iterator[tuple[Bucket, Sequence[Exchange]]]:
+    def of(self, stage: int) -> Iterator[tuple[Bucket, Sequence[Exchange], bool]]:
         """The buckets of ``stage`` with which anything is done, and what."""
-        pairs = zip(self.buckets[stage], self.sums[stage], strict=True)
-        return ((bucket, own) for bucket, own in pairs if own)
+        columns = zip(self.buckets[stage], self.sums[stage], self.scattered[stage], strict=True)
+        return ((bucket, own, each) for bucket, own, each in columns if own)
+
+    def waited_after(self, stage: int) -> dict[int, int | None]:
+        """Of the buckets that every B or W reduces, the segment after which that is waited for."""
+        own = [bucket for bucket, _, each in self.of(stage) if each]
+        return waited_after(own) if self.waits_inside else {bucket.index: None for bucket in own}
+
+
+@frozen
+class _Started:
+    """The row in which the first sum of a bucket starts, and whether it is waited for inside its cell."""
+
+    bucket: Bucket
+    sums: Sequence[Exchange]
+    row: int
+    is_scattered: bool
+    is_waited: bool
 
 
 @frozen
@@ -103,6 +124,48 @@ class _Added:
         return self.num_old + len(self.rows) - 1
 
 
+def _started(
+    program: Program,
+    groups: Sequence[str],
+    wanted: _Wanted,
+    added: _Added,
+    place: tuple[int, int],
+    *,
+    scattered_only: bool,
+) -> list[_Started]:
+    """The first sums of a stage's buckets inside a B or W; ``place``: its rank and its row."""
+    rank, anchor = place
+    stage = int(program.stage[anchor])
+    microbatch = int(program.microbatch[anchor]) if scattered_only else -1
+    ends, found = wanted.waited_after(stage), list[_Started]()
+    for bucket, own, each in wanted.of(stage):
+        if scattered_only and not each:
+            continue
+        for number, one in enumerate(found if each else ()):
+            if one.is_waited or not one.is_scattered or ends[one.bucket.index] != bucket.ready_segment:
+                continue
+            if one.sums[0].group == own[0].group:
+                wait = _wait(one, anchor, bucket.ready_segment, microbatch)
+                added.post(rank, anchor + 1, wait)
+                found[number] = evolve(one, is_waited=True)
+        row = _sum(groups, bucket, own[0], anchor, bucket.ready_segment, microbatch)
+        found.append(_Started(bucket, own, added.post(rank, anchor + 1, row), each, is_waited=False))
+    return found
+
+
+def _wait(one: _Started, anchor: int, segment: int, microbatch: int) -> Row:
+    """The wait for a first sum, inside the B or W that starts it."""
+    return Row(
+        Kind.WAIT,
+        one.bucket.stage,
+        microbatch,
+        one.bucket.index,
+        anchor_row=anchor,
+        anchor_segment=segment,
+        target=one.row,
+    )
+
+
 def _sums_of_each(program: Program, groups: Sequence[str], wanted: _Wanted, added: _Added) -> dict[int, int]:
     """Reduce-scatters of every B and W but a stage's last; for those, where the rank's next cell begins."""
     lasts, followed = last_backwards(program), dict[int, int]()
@@ -111,12 +174,10 @@ def _sums_of_each(program: Program, groups: Sequence[str], wanted: _Wanted, adde
         if lasts[rank, stage] == anchor:
             followed[anchor] = before
             continue
-        for bucket, own in wanted.of(stage):
-            if own[0].kind is Kind.REDUCE_SCATTER:
-                row = _sum(groups, bucket, own[0], anchor, bucket.ready_segment, microbatch)
-                posted = added.post(rank, anchor + 1, row)
-                added.post(rank, before, Row(Kind.WAIT, stage, microbatch, bucket.index, target=posted))
-                _check_reductions(len(added.rows))
+        for one in _started(program, groups, wanted, added, (rank, anchor), scattered_only=True):
+            if not one.is_waited:
+                added.post(rank, before, Row(Kind.WAIT, stage, microbatch, one.bucket.index, target=one.row))
+        _check_reductions(len(added.rows))
     return followed
 
 
@@ -135,7 +196,7 @@ def _check_reductions(count: int) -> None:
     if count > MAX_REDUCTIONS:
         raise PlanError(
             f"zero_stage 2 and 3 reduce every bucket in every microbatch, at most {MAX_REDUCTIONS:,} rows, "
-            "got more; raise bucket_bytes or micro_batch"
+            "got more; raise bucket_bytes or micro_batch, or take accumulate=full"
         )
 
 

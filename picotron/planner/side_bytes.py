@@ -94,7 +94,8 @@ def communication(
     )
     reduced = np.minimum(_reduced(blocks, layers, held), standing.reduced)
     first = microbatches(cases.work, layout) * layout.virtual_stages == 1
-    ahead = eager * (np.maximum(gathered - table, 0) + first * reduced)
+    travelling = np.minimum(_last_reduced(blocks, layers), reduced)  # while the next microbatch is forward
+    ahead = eager * (np.maximum(gathered - table, 0) + reduced - ~first * travelling)
     return Transfers(total=pipeline + ring + gathered + reduced, ahead=ahead)
 
 
@@ -119,18 +120,31 @@ def _gathered(
 def _reduced(blocks: Blocks, layers: RankLayers, held: HeldWeights) -> Column:
     """Of sharded gradients a bucket, which holds a layer's or the tables' at least.
 
-    In *eager* two: one is filled while one is reduced. Each takes tensors until it has reached its size.
+    In *eager* those of two neighbouring segments, of which one fills while the other is reduced: an MLP and
+    an attention, or an end's table and what is next to it, and what buckets had left open before. Experts
+    travel between other ranks: those of one layer, whose saved tensors and weights are gone, while those of
+    the one before fill.
     """
-    work, bucket = blocks.cases.work, blocks.cases.software.bucket_bytes
-    matrices, model = blocks.layer.matrices, blocks.cases.model
-    dense = np.maximum(matrices["product"], matrices["up"] / (1 + model.gated))
-    sparse = np.maximum(matrices["shared product"], matrices["expert product"])
-    tensor = np.maximum(matrices["output"], matrices["query, key and value"])
-    tensor = np.maximum(tensor, np.maximum((layers.dense > 0) * dense, (layers.sparse > 0) * sparse))
-    tensor = np.maximum(tensor, np.maximum(layers.first, layers.last) * blocks.widths.vocab * model.hidden)
+    work, bucket, own = blocks.cases.work, blocks.cases.software.bucket_bytes, blocks.layer
+    mlp = np.maximum((layers.dense > 0) * own.dense, (layers.sparse > 0) * (own.shared + own.experts))
+    table = blocks.widths.vocab * blocks.cases.model.hidden
+    several = np.maximum(layers.last * (table + mlp), layers.first * (table + own.attention))
+    segments = np.maximum(own.attention + mlp, several) * work.wire_bytes
+    gathered = (blocks.cases.layout.zero_stage >= 3) * held.largest_layer * work.compute_bytes
+    beside = np.maximum(own.experts * work.wire_bytes - blocks.sparse.whole - gathered, 0)
+    segments = segments + (layers.sparse > blocks.cases.layout.virtual_stages) * beside
     layer = np.maximum(held.largest_layer, held.table) * work.wire_bytes
+    left = np.minimum(bucket, segments)
     eager = blocks.cases.software.kernels == EAGER
-    reduced: Column = np.where(eager, 2 * (bucket + tensor * work.wire_bytes), np.maximum(layer, bucket))
+    reduced: Column = np.where(eager, segments + left, np.maximum(layer, bucket))
+    return reduced
+
+
+def _last_reduced(blocks: Blocks, layers: RankLayers) -> Column:
+    """Of sharded gradients what is waited for after the B or W: of its last segment, and of its bucket."""
+    table = layers.first * blocks.widths.vocab * blocks.cases.model.hidden
+    size: Column = (blocks.layer.attention + table) * blocks.cases.work.wire_bytes
+    reduced: Column = size + np.minimum(blocks.cases.software.bucket_bytes, size)
     return reduced
 
 

@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 
 from picotron.planner import attention, ends, mlp, sparse
 from picotron.planner.body import Bodies, Body, Dims, Operation, SegmentBody, Tensor
+from picotron.planner.data import Filling
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.operations import Operations
 from picotron.planner.recompute import Recompute, saved, units, with_recomputing
@@ -25,13 +26,13 @@ class Variant:
 
     ``recompute`` and ``offload``: by layer of the model; left out, none does. ``gathered_bytes``: of the
     parameters of each unit (``recompute.units``), where they are gathered for each F, B and I.
-    ``bucket_bytes``: of the full gradients on their way, where each B or W reduces them.
+    ``fillings``: the full gradients that each B or W reduces.
     """
 
     recompute: tuple[Recompute, ...] = ()
     offload: tuple[bool, ...] = ()
     gathered_bytes: tuple[int, ...] = ()
-    bucket_bytes: int = 0
+    fillings: tuple[Filling, ...] = ()
 
 
 PLAIN = Variant()
@@ -68,8 +69,8 @@ def stage_bodies(
         bodies = _offloading(bodies, own, variant.offload, d)
     if any(variant.gathered_bytes):
         bodies = _gathering(bodies, own, variant.gathered_bytes)
-    if variant.bucket_bytes:
-        bodies = _filling_buckets(bodies, variant.bucket_bytes)
+    if variant.fillings:
+        bodies = _filling_buckets(bodies, variant.fillings)
     return bodies
 
 
@@ -93,17 +94,18 @@ def _offloading(bodies: Bodies, own: tuple[Segment, ...], offload: tuple[bool, .
 
 
 def _gathering(bodies: Bodies, own: tuple[Segment, ...], sizes: tuple[int, ...]) -> Bodies:
-    """Each unit's parameters come while the unit before it computes, and go when its own work is done."""
+    """Each unit's parameters come while the unit before it computes, and go when its own work is done.
+
+    Those of the first one come before the body begins: the row that gathers makes their memory.
+    """
     places = units(own)
     tensors = [
         Tensor(f"{unit[0]}.parameters", size, "parameters") for unit, size in zip(places, sizes, strict=True)
     ]
-    ahead = [0, *range(len(places) - 1)]  # the unit that computes while the one at an index is gathered
-    behind = [*range(1, len(places)), len(places) - 1]
-    comes = [(places[ahead[index]][0], tensor) for index, tensor in enumerate(tensors)]
-    goes = [(places[index][-1], tensor) for index, tensor in enumerate(tensors)]
-    comes_back = [(places[behind[index]][-1], tensor) for index, tensor in enumerate(tensors)]
-    goes_back = [(places[index][0], tensor) for index, tensor in enumerate(tensors)]
+    comes = [(before[0], tensor) for before, tensor in zip(places, tensors[1:], strict=False)]
+    goes = [(unit[-1], tensor) for unit, tensor in zip(places, tensors, strict=True)]
+    comes_back = [(behind[-1], tensor) for behind, tensor in zip(places[1:], tensors, strict=False)]
+    goes_back = [(unit[0], tensor) for unit, tensor in zip(places, tensors, strict=True)]
     return evolve(
         bodies,
         forward=_with_standing(bodies.forward, comes, goes),
@@ -112,14 +114,15 @@ def _gathering(bodies: Bodies, own: tuple[Segment, ...], sizes: tuple[int, ...])
     )
 
 
-def _filling_buckets(bodies: Bodies, size: int) -> Bodies:
-    """Full gradients stand from the beginning of a B or W; what waits for their reduction frees them."""
-    last = len(bodies.forward.segments) - 1
-    buffers = [(last, Tensor("buckets", size, "gradients"))]
+def _filling_buckets(bodies: Bodies, fillings: Sequence[Filling]) -> Bodies:
+    """Full gradients stand from the first segment that adds to them; the wait for their sum frees them."""
+    comes = [
+        (filling.first, Tensor(f"bucket {filling.index}", filling.bytes, "gradients")) for filling in fillings
+    ]
     return evolve(
         bodies,
-        backward=_with_standing(bodies.backward, buffers, []),
-        backward_weight=_with_standing(bodies.backward_weight, buffers, []),
+        backward=_with_standing(bodies.backward, comes, []),
+        backward_weight=_with_standing(bodies.backward_weight, comes, []),
     )
 
 

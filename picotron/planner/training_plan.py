@@ -24,10 +24,12 @@ from picotron.planner.layout import Placement, is_held, layout, stage_segments
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.plan_rules import (
+    check_accumulate,
     check_actions,
     check_degrees,
     check_loss_chunks,
     check_parts,
+    check_reshard,
     check_schedule,
     check_shard,
     check_stage_layers,
@@ -37,7 +39,9 @@ from picotron.planner.program import Program
 from picotron.planner.recompute import Recompute, flags_by_layer, modes_by_layer
 from picotron.planner.sharding import (
     DATA_GROUPS,
+    Accumulate,
     Exchange,
+    Reshard,
     Sharding,
 )
 from picotron.planner.stage import Variant, stage_bodies
@@ -76,8 +80,11 @@ class TrainingPlan:
     A pipeline rank holds ``virtual_stages`` stages, which the schedule places. ``stage_layers``: decoder
     layers of each stage. ``schedule_csv`` holds the orders of a custom schedule.
     ``zero_stage``: what ``shard`` of the dp * cp ranks (all, if None) share rather than copy: nothing (0),
-    the optimizer's state (1), gradients too (2), parameters too (3). ``recompute`` and ``offload`` have one
-    value for each decoder layer; one value given for all is repeated.
+    the optimizer's state (1), gradients too (2), parameters too (3). ``accumulate`` says whether the
+    gradients of stages 2 and 3 are reduced into parts in every microbatch ("sharded", if None) or add up
+    whole until the last one ("full"); ``reshard`` whether the parameters of stage 3 are gathered for a unit
+    at a time ("unit", if None) or for a stage, which keeps them while consecutive cells use it ("stage").
+    ``recompute`` and ``offload`` have one value for each decoder layer; one value given for all is repeated.
     ``loss_chunks``: in so many parts of a microbatch's tokens logits are made and lost again.
     ``tensor_overlap``: what computes while a product's input gradient is summed over tp.
     ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
@@ -100,6 +107,8 @@ class TrainingPlan:
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
     zero_stage: int = field(default=0, validator=whole(0, 3))
     shard: int | None = None
+    accumulate: Accumulate | None = None
+    reshard: Reshard | None = None
     recompute: tuple[Recompute, ...] = _by_layer("none", modes_by_layer)
     offload: tuple[bool, ...] = _by_layer(False, flags_by_layer)
     chosen: tuple[str, ...] = field(
@@ -113,13 +122,13 @@ class TrainingPlan:
             raise PlanError(f"sequence_parallel must be True or False, got {self.sequence_parallel!r}")
         check_degrees(self.model, self.cluster, self.workload, self.topology, self.micro_batch)
         check_shard(self.zero_stage, self.shard, self.topology)
+        check_accumulate(self.zero_stage, self.accumulate)
+        check_reshard(self.zero_stage, self.reshard, self.model)
         check_stages(self.model, self.topology.pp, self.virtual_stages)
         num_stages = self.topology.pp * self.virtual_stages
         check_stage_layers(self.stage_layers, num_stages, self.model.num_layers)
         check_context(self.context, self.model, self.topology, self.workload.seq_len)
-        check_loss_chunks(
-            self.loss_chunks, self.zero_stage, self.micro_batch * self.workload.seq_len // self.topology.cp
-        )
+        check_loss_chunks(self.loss_chunks, self.micro_batch * self.workload.seq_len // self.topology.cp)
         if self.tensor_overlap != "none" and self.topology.tp == 1:
             raise PlanError(f"tensor_overlap={self.tensor_overlap} needs tp > 1, got tp=1; leave it out")
         if self.sequence_parallel and self.topology.tp == 1:
@@ -189,6 +198,14 @@ class TrainingPlan:
             sequence_parallel=self.sequence_parallel,
             stage_ranks=self.schedule.stage_ranks,
         )
+
+    def placement(self, name: str) -> Placement:
+        """Where the parameter ``name`` lives."""
+        return self._placements[name]
+
+    @cached_property
+    def _placements(self) -> dict[str, Placement]:
+        return {placement.name: placement for placement in self.layout}
 
     @cached_property
     def stage_layout(self) -> tuple[tuple[Placement, ...], ...]:
@@ -264,8 +281,8 @@ class TrainingPlan:
         return Variant(
             recompute=self.recompute,
             offload=self.offload,
-            gathered_bytes=tuple(map(sum, zip(*gathered, strict=True))),
-            bucket_bytes=self.buffer_bytes(stage, tp_index),
+            gathered_bytes=() if self.reshard == "stage" else tuple(map(sum, zip(*gathered, strict=True))),
+            fillings=plan_buckets.fillings(self, stage, tp_index),
         )
 
     def bucket_payload_bytes(self, stage: int, tp_index: int = 0) -> tuple[int, ...]:
@@ -280,9 +297,13 @@ class TrainingPlan:
         """How the parameters of each bucket of ``stage`` are gathered after the update, where they are."""
         return plan_buckets.gathers(self, stage, tp_index)
 
-    def buffer_bytes(self, stage: int, tp_index: int = 0) -> int:
-        """Full gradients that stand while those of ``stage`` are reduced in every microbatch (ZeRO-2, 3)."""
-        return plan_buckets.buffer_bytes(self, stage, tp_index)
+    def is_scattered(self, bucket: Bucket) -> bool:
+        """Whether each B and W reduces the bucket into the parts that ranks keep of it (ZeRO-2, 3)."""
+        return plan_buckets.is_scattered(self, bucket)
+
+    def kept_numel(self, stage: int, where: Coordinate, what: int) -> int:
+        """Elements at ``where`` of OPTIMIZER, GRADIENTS or PARAMETERS (of ``sharding``) of ``stage``."""
+        return plan_buckets.kept_numel(self, stage, where, what)
 
     def gathered_bytes(self, stage: int, group: str, tp_index: int = 0) -> tuple[int, ...]:
         """Of each unit of ``stage``, the parameters gathered over ``group`` (of DATA_GROUPS) under ZeRO-3."""

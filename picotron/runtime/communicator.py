@@ -106,6 +106,20 @@ class Communicator:
         self._count("all_reduce", group, tensor, planned_bytes)
         return self.backend.all_reduce(tensor, self._group(group))
 
+    def start_all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, group: str, planned_bytes: int
+    ) -> Handle:
+        """Post the gathering of ``input`` into ``output``, of ``planned_bytes``."""
+        self._count("all_gather", group, output, planned_bytes)
+        return self.backend.all_gather(output, input, self._group(group))
+
+    def start_reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, group: str, planned_bytes: int
+    ) -> Handle:
+        """Post the sum of ``input`` over ``group``, its own part into ``output``, of ``planned_bytes``."""
+        self._count("reduce_scatter", group, input, planned_bytes)
+        return self.backend.reduce_scatter(output, input, self._group(group))
+
     def send(self, tensor: torch.Tensor, peer: int, channel: str, planned_bytes: int) -> Handle:
         """Post a send to world rank ``peer``, a row of the program with ``planned_bytes``."""
         self._count("send", "pp", tensor, planned_bytes)

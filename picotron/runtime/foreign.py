@@ -18,6 +18,7 @@ from picotron.errors import PlanError
 from picotron.planner.actions import I
 from picotron.planner.model import Segment
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.sharding import PARAMETERS
 from picotron.planner.stage import segment_name
 from picotron.runtime.segments import Context, Saved, SegmentRunner, Tokens
 
@@ -95,6 +96,11 @@ def _check_plan(plan: TrainingPlan, name: str, segment: Segment, module: torch.n
         raise PlanError(f"a module can stand for a segment of a layer, got the {name}")
     if plan.topology.tp > 1 or plan.topology.cp > 1:
         raise PlanError(f"the module for {name} is not cut, which needs tp=1 and cp=1; plan without them")
+    if plan.zero_stage >= PARAMETERS:
+        raise PlanError(
+            f"the graph of the module for {name} keeps parameters, which zero_stage=3 lets go of; "
+            "plan a zero_stage of at most 2"
+        )
     mode, offloads = plan.recompute[segment.layer], plan.offload[segment.layer]
     if mode == "selective" or offloads:
         saving = "offloading" if offloads else "selective recomputing"

@@ -1,17 +1,18 @@
-"""Gradient norm, clipping, learning rate and update, over the plan's buckets."""
+"""Learning rate, clipping and the optimizer's update, over flat ranges of memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from attrs import frozen
 
-from picotron.planner.layout import Placement, counts_in_norm
-from picotron.planner.topology import Coordinate
 from picotron.planner.workload import Workload
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+ADAM_EPSILON = 1e-8
+MOMENT_NAMES: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
 def learning_rate(work: Workload, step: int) -> float:
@@ -26,45 +27,80 @@ def learning_rate(work: Workload, step: int) -> float:
     return work.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(
-    work: Workload, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
-) -> torch.optim.Optimizer:
-    """The plan's optimizer over ``weights``; matrices alone decay.
-
-    It reads ``gradients`` in place where they are of the weights' format; others are to be copied to it.
-    """
-    for name, weight in weights.items():
-        if gradients[name].dtype == weight.dtype:
-            weight.grad = gradients[name]
-    groups = [
-        {"params": [w for w in weights.values() if w.dim() > 1], "weight_decay": work.weight_decay},
-        {"params": [w for w in weights.values() if w.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if work.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=work.learning_rate, fused=True)
-    return torch.optim.AdamW(groups, lr=work.learning_rate, betas=(work.beta1, work.beta2), fused=True)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The state it keeps."""
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-
-
-def owned_square_norm(
-    placements: Iterable[Placement], where: Coordinate, gradients: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """Sum of squares (fp64) of the gradients that this rank counts for the world."""
-    norms = [
-        torch.linalg.vector_norm(gradients[p.name], dtype=torch.float64)
-        for p in placements
-        if counts_in_norm(p, where)
-    ]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=next(iter(gradients.values())).device)
-    return torch.stack(norms).square().sum()
-
-
 def clip_coefficient(norm: float, max_norm: float) -> float:
     """What gradients of global ``norm`` are multiplied by; 1 where clipping is off."""
     return 1.0 if max_norm == 0 else min(1.0, max_norm / (norm + CLIP_EPSILON))
+
+
+@frozen(kw_only=True)
+class Range:
+    """Neighbouring elements that one update treats alike: of weights, gradients and moments, by name."""
+
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    moments: Mapping[str, torch.Tensor]
+    decays: bool
+
+
+class Optimizer:
+    """The workload's optimizer over flat ranges: AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD.
+
+    Its arithmetic is torch's fused kernels', called once for all that decays and once for all that does not.
+    One count of steps serves all ranges. Gradients narrower than the weights are copied to their width first.
+    """
+
+    def __init__(self, work: Workload, ranges: Sequence[Range], device: torch.device) -> None:
+        self.work = work
+        self.ranges = tuple(ranges)
+        self.num_updates = (
+            [torch.zeros((), dtype=torch.float32, device=device)] if MOMENT_NAMES[work.optimizer] else []
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The state it keeps."""
+        return [*self.num_updates, *(moment for own in self.ranges for moment in own.moments.values())]
+
+    def update(self, rate: float) -> None:
+        """One step at a learning rate of ``rate``."""
+        for count in self.num_updates:
+            count.add_(1)
+        gradients = {id(own): own.gradients.to(own.weights.dtype) for own in self.ranges}
+        for decays in (True, False):
+            chosen = [own for own in self.ranges if own.decays is decays and own.weights.numel()]
+            if chosen:
+                decay = self.work.weight_decay if decays else 0.0
+                update = self._sgd if self.work.optimizer == "sgd" else self._adamw
+                update(chosen, [gradients[id(own)] for own in chosen], rate, decay)
+
+    def _adamw(
+        self, chosen: Sequence[Range], gradients: list[torch.Tensor], rate: float, decay: float
+    ) -> None:
+        torch._fused_adamw_(
+            [own.weights for own in chosen],
+            gradients,
+            [own.moments["exp_avg"] for own in chosen],
+            [own.moments["exp_avg_sq"] for own in chosen],
+            [],
+            self.num_updates * len(chosen),
+            lr=rate,
+            beta1=self.work.beta1,
+            beta2=self.work.beta2,
+            weight_decay=decay,
+            eps=ADAM_EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _sgd(self, chosen: Sequence[Range], gradients: list[torch.Tensor], rate: float, decay: float) -> None:
+        torch._fused_sgd_(
+            [own.weights for own in chosen],
+            gradients,
+            [],
+            weight_decay=decay,
+            momentum=0.0,
+            lr=rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )

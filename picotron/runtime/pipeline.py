@@ -17,17 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from picotron.errors import ExecutionError
 from picotron.planner.body import Category
+from picotron.planner.flat import FlatBucket
 from picotron.planner.layout import Placement
-from picotron.planner.memory import MemoryTimeline
+from picotron.planner.memory import MemoryTimeline, cell_kind
 from picotron.planner.plan import TrainingPlan
 from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row, anchored, rows
+from picotron.planner.sharding import PARAMETERS
 from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import Coordinate, coordinate, rank_of
 from picotron.runtime.backend import Backend, Handle
+from picotron.runtime.buckets import BucketBuffers
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.data import DeviceTokens, HostBatch
 from picotron.runtime.foreign import Modules, check_modules
@@ -37,10 +40,12 @@ from picotron.runtime.memory import MemoryTracker, storage_bytes
 from picotron.runtime.optimizer import learning_rate
 from picotron.runtime.parameters import Parameters
 from picotron.runtime.segments import Context, SegmentRunner
+from picotron.runtime.sharded import StageGathers, UnitGathers, open_units, whole_gradients, whole_weights
 from picotron.runtime.stages import Stage
 from picotron.runtime.topology import open_groups
 
-_POSTED = (*SENDS, *RECEIVES, *COPIES, Kind.REDUCE)  # rows that end at their WAIT
+_EXCHANGES = (Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER)
+_POSTED = (*SENDS, *RECEIVES, *COPIES, *_EXCHANGES, Kind.UNSHARD)  # rows that end at their WAIT
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
 Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what passes between stages
 
@@ -94,6 +99,7 @@ class _Walk:
     inputs: dict[Passed, torch.Tensor]  # received or handed over, by the stage that takes it
     outputs: dict[Passed, torch.Tensor]  # to be sent, by the stage that made it
     posted: dict[int, _Posted]
+    gathers: dict[int, UnitGathers | StageGathers]  # by stage
     entries: list[Entry]
     memory: list[tuple[int, int, int, int]]
     skipped: bool = False
@@ -138,6 +144,12 @@ class Session:
         self.positions = plan.token_positions(self.where.cp)
         self.parameters = Parameters(plan, self.where, backend.device, weights or initial_weights(plan))
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
+        self.units = {
+            stage: open_units(plan, stage, self.parameters)
+            for stage in plan.rank_stages(self.where.pp)
+            if plan.zero_stage == PARAMETERS
+        }
+        self.fillings = self._open_fillings()
         self.context = self._open_context()
         self.stages = {
             stage: Stage(plan, stage, self.where.tp, self.context, modules)
@@ -148,13 +160,21 @@ class Session:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The rank's slice of each parameter, by name."""
-        return self.parameters.weights
+        """The rank's slice of each parameter, by name; of those only of which it keeps all."""
+        return self.parameters.kept_whole(lambda own: own.elastic_weights is None, self.parameters.weights)
 
     @property
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The gradient of each, as the last step left it."""
-        return self.parameters.gradients
+        """The gradient of each, as the last step left it; of those only of which this rank has all."""
+        return self.parameters.kept_whole(lambda own: own.flat.ranks == 1, self.parameters.gradients)
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The rank's slice of each parameter, however ranks share it. Collective: every rank calls it."""
+        return whole_weights(self.parameters, self.backend, self.communicator.groups)
+
+    def whole_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradient of each, however ranks share it. Collective: every rank calls it."""
+        return whole_gradients(self.parameters, self.backend, self.communicator.groups)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -165,6 +185,15 @@ class Session:
     def runners(self) -> list[SegmentRunner]:
         """The segments of all its stages, in order."""
         return [segment for stage in self.stages.values() for segment in stage.segments]
+
+    def _open_fillings(self) -> dict[tuple[int, int], list[BucketBuffers]]:
+        """The buckets that a B or W fills and reduces, by the stage and segment that add to them first."""
+        found: dict[tuple[int, int], list[BucketBuffers]] = {}
+        for stage in self.plan.rank_stages(self.where.pp):
+            for filling in self.plan.variant(stage, self.where.tp).fillings:
+                bucket = self.parameters.buckets[stage, filling.index]
+                found.setdefault((stage, filling.first), []).append(bucket)
+        return found
 
     def _open_context(self) -> Context:
         plan, model, device = self.plan, self.plan.model, self.backend.device
@@ -182,8 +211,8 @@ class Session:
             dims=d,
             tp_index=self.where.tp,
             communicator=self.communicator,
-            weights=self.weights,
-            gradients=self.gradients,
+            weights=self.parameters.bound_weights(),
+            gradients=self.parameters.bound_gradients(),
             statistics=self.statistics,
             rotary=rotary,
             positions=positions,
@@ -205,9 +234,11 @@ class Session:
         """
         self._check_batches(batches)
         standing = self.standing_tensors() if measure_memory else {}
-        tracker = MemoryTracker(itertools.chain(*standing.values())) if measure_memory else None
+        tracker = None
+        if measure_memory:
+            tracker = MemoryTracker(itertools.chain(*standing.values(), self.parameters.elastic()))
         batches = [batch.at(self.positions) for batch in batches]
-        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, [], [])
+        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
         self.communicator.measuring = measure_memory
@@ -248,8 +279,13 @@ class Session:
 
     def _run(self, walk: _Walk, index: int, row: Row) -> None:
         """One row; what it did is recorded."""
-        if row.kind is Kind.REDUCE and row.anchor_row >= 0:
-            return  # posted inside its anchor
+        if row.anchor_row >= 0:
+            return  # done inside its anchor
+        self._do(walk, index, row)
+        self._note_memory(walk, index, -1)
+
+    def _do(self, walk: _Walk, index: int, row: Row) -> None:
+        """Act on a row and record when."""
         self.backend.at(self.num_steps, index, self.row_names[index])
         started = self._now(walk)
         try:
@@ -263,7 +299,6 @@ class Session:
         if row.kind not in _POSTED:
             began, ended = span or (started, self._now(walk))
             walk.entries.append((self.backend.rank, index, -1, 0, began, ended))
-        self._note_memory(walk, index, -1)
 
     def _act(self, walk: _Walk, index: int, row: Row) -> tuple[float, float] | None:
         """Do what a row says; returns when that was, where it is a collective and the backend tells."""
@@ -278,8 +313,12 @@ class Session:
             self._note_posted(walk, index, "copy", handle)
         elif row.kind is Kind.WAIT:
             self._wait(walk, row)
-        elif row.kind is Kind.REDUCE:
-            self._reduce(walk, index, row)
+        elif row.kind in _EXCHANGES:
+            self._exchange(walk, index, row)
+        elif row.kind is Kind.UNSHARD:
+            self._unshard(walk, index, row)
+        elif row.kind is Kind.RESHARD:
+            self._reshard(walk, row)
         elif row.kind is Kind.COUNT:
             return self._count(walk, row)
         elif row.kind is Kind.NORM:
@@ -308,19 +347,31 @@ class Session:
 
     @contextmanager
     def _around(self, walk: _Walk, index: int, row: Row, order: int, place: int) -> Iterator[None]:
-        """One segment of a row: its collectives, its memory, and the rows that are posted once it has run."""
+        """One segment of a row: its collectives, its memory, and the rows that follow it inside the row.
+
+        Around it come and go the parameters of its unit and the full gradients of the buckets that it fills.
+        """
         body, cost = self.stages[row.stage].planned(row.kind, order)
         action = f"{self.row_names[index]} {body.name}"
         self.backend.at(self.num_steps, index, action)
-        self.communicator.open(action, index, body.communication, cost.compute)
         if walk.tracker is not None:
             walk.tracker.restart_peak()
+        gathers = None if row.kind is Kind.BACKWARD_WEIGHT else walk.gathers.get(row.stage)
+        if isinstance(gathers, UnitGathers):
+            gathers.before(place)
+        if row.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+            for bucket in self.fillings.get((row.stage, place), ()):
+                bucket.begin()
+        self.communicator.open(action, index, body.communication, cost.compute)
         yield
         self.communicator.close()
+        if isinstance(gathers, UnitGathers):
+            gathers.after(place)
         self._note_memory(walk, index, order)
-        for posted in self.anchored.get((index, place), ()):
-            self.backend.at(self.num_steps, posted, self.row_names[posted])
-            self._reduce(walk, posted, self.rows[posted])
+        for inside in self.anchored.get((index, place), ()):
+            self._do(walk, inside, self.rows[inside])
+        if walk.tracker is not None:
+            walk.tracker.restart_peak()
 
     def _pass_on(self, walk: _Walk, made: Passed, tensor: torch.Tensor) -> None:
         """Leave what a stage has made to the next one on this rank, or to its send."""
@@ -381,14 +432,81 @@ class Session:
         target = self.rows[row.target]
         if target.kind in RECEIVES and posted.tensor is not None:
             walk.inputs[target.kind is Kind.RECV_F, target.stage, target.microbatch] = posted.tensor
+        elif target.kind is Kind.REDUCE_SCATTER:
+            self._fold(target, posted)
+        elif target.kind is Kind.UNSHARD:
+            self._check_gathered(walk.gathers[target.stage].num_bytes, target)
 
-    def _reduce(self, walk: _Walk, index: int, row: Row) -> None:
-        flat = self.parameters.buckets[row.stage, row.part]
+    def _exchange(self, walk: _Walk, index: int, row: Row) -> None:
+        """Post what is done with a bucket: its sum, the sum of a part, or the gathering of its parameters."""
+        own, group = self.parameters.buckets[row.stage, row.part], self.program.groups[row.group]
+        if row.kind is Kind.ALL_GATHER:
+            handle = self.communicator.start_all_gather(own.weights, own.kept_weights, group, row.bytes)
+            self._note_posted(walk, index, "collective", handle, own.weights)
+        elif row.kind is Kind.REDUCE:
+            travelling = own.kept_gradients.to(self.parameters.reduce_dtype)
+            handle = self.communicator.start_all_reduce(travelling, group, row.bytes)
+            kept = None if travelling is own.kept_gradients else own.kept_gradients
+            self._note_posted(walk, index, "collective", handle, travelling, kept)
+        else:
+            self._scatter(walk, index, row, own)
+
+    def _scatter(self, walk: _Walk, index: int, row: Row, own: BucketBuffers) -> None:
+        """Post the sum of a bucket's gradients, of which this rank keeps its part."""
+        if own.elastic_gradients is not None:
+            self._end_travels(walk, own.flat)
+            own.is_travelling = True
+        whole = own.gradients.to(self.parameters.reduce_dtype)
+        part = own.own_part(whole)
         group = self.program.groups[row.group]
-        travelling = flat.to(self.parameters.reduce_dtype)
-        handle = self.communicator.start_all_reduce(travelling, group, row.bytes)
-        kept = None if travelling is flat else flat
-        self._note_posted(walk, index, "collective", handle, travelling, kept)
+        handle = self.communicator.start_reduce_scatter(part, whole, group, row.bytes)
+        in_place = own.is_travelling or whole is own.gradients
+        self._note_posted(walk, index, "collective", handle, part, None if in_place else own.own_gradients)
+
+    def _end_travels(self, walk: _Walk, following: FlatBucket) -> None:
+        """Before a bucket travels, wait for those of the same ranks that earlier segments completed."""
+        for index, posted in walk.posted.items():
+            row = self.rows[index]
+            if row.kind is Kind.REDUCE_SCATTER and self.program.groups[row.group] == following.group:
+                earlier = self.parameters.buckets[row.stage, row.part]
+                if earlier.is_travelling and not self._completes_with(row, following):
+                    posted.handle.wait()
+                    self._fold(row, posted)
+                    walk.posted[index] = evolve(posted, tensor=None)
+
+    def _completes_with(self, row: Row, other: FlatBucket) -> bool:
+        """Whether the bucket of ``row`` is complete after the same segment as another of its stage."""
+        own = self.plan.stage_buckets[other.stage]
+        return row.stage == other.stage and own[row.part].ready_segment == own[other.index].ready_segment
+
+    def _fold(self, row: Row, posted: _Posted) -> None:
+        """Add what a reduce-scatter has left to what this rank keeps, unless that is done."""
+        own = self.parameters.buckets[row.stage, row.part]
+        if own.is_travelling:
+            assert posted.tensor is not None
+            own.fold(posted.tensor)
+
+    def _unshard(self, walk: _Walk, index: int, row: Row) -> None:
+        """Begin to gather the parameters of a stage: of its first unit to compute, or of all."""
+        found: UnitGathers | StageGathers
+        if self.plan.reshard == "stage":
+            found = StageGathers(self.communicator, self.units[row.stage])
+        else:
+            backward = cell_kind(index, self.rows) is not Kind.FORWARD
+            found = UnitGathers(self.communicator, self.units[row.stage], backward)
+        walk.gathers[row.stage] = found
+        found.start()
+        self._note_posted(walk, index, "collective", found)
+
+    def _check_gathered(self, num_bytes: int, row: Row) -> None:
+        if num_bytes != row.bytes:
+            raise ExecutionError(f"units must gather the planned {row.bytes} bytes, got {num_bytes}")
+
+    def _reshard(self, walk: _Walk, row: Row) -> None:
+        """Let go of a stage's parameters; of one that is gathered by the unit each has gone already."""
+        gathers = walk.gathers.pop(row.stage)
+        if isinstance(gathers, StageGathers):
+            gathers.release()
 
     def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> tuple[float, float] | None:
         """Sum ``tensor`` over the row's group; when that was, if the backend tells."""
@@ -410,7 +528,7 @@ class Session:
     def _norm(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
         """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
         where, last = self.where, self.plan.num_stages - 1 in self.stages
-        self.statistics[0] = self.parameters.square_norm()
+        self.parameters.add_square_norm(self.statistics[0])
         if not (last and where.tp == 0):
             self.statistics[1:].zero_()
         elif where.dp or where.cp:

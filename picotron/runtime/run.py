@@ -72,8 +72,6 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"activation {model.activation} in {model.family} (runnable: {activation})")
     if model.rope_scaling is not None and model.rope_scaling.kind not in RUNNABLE_SCALINGS:
         found.append(f"rope scaling {model.rope_scaling.kind} (runnable: {', '.join(RUNNABLE_SCALINGS)})")
-    if plan.zero_stage:
-        found.append(f"sharding, zero_stage={plan.zero_stage} (runnable: zero_stage=0, without shard)")
     if backend not in ("simulated", "gloo", "nccl"):
         found.append(f"the backend {backend} (runnable: simulated, gloo, nccl)")
     return tuple(found)

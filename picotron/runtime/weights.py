@@ -1,7 +1,8 @@
 """Weights in from, and out to, folders of safetensors under Hugging Face's names.
 
-A folder appears whole or not at all: it is written aside, flushed to disk and renamed. Each pipeline stage
-is one file, put together by the stage's first rank, so no rank holds more than its stage.
+A folder appears whole or not at all: it is written aside, flushed to disk and renamed. Each pipeline rank's
+stages are one file, put together by the first rank there, so no rank holds more than its stages; where ranks
+keep parts of parameters (ZeRO-3) each embedding, layer and head is one, so that no rank holds more than that.
 Casting: tensors are written in the precision they are kept in.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +20,13 @@ import torch
 from picotron.errors import PlanError
 from picotron.planner.layout import Placement, local_shape
 from picotron.planner.model import to_hf
+from picotron.planner.plan import TrainingPlan
+from picotron.planner.recompute import units
+from picotron.planner.sharding import PARAMETERS
 from picotron.planner.topology import Coordinate, rank_of
 from picotron.runtime.layout import WeightSource, place_slice
 from picotron.runtime.pipeline import Session
+from picotron.runtime.sharded import whole_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -87,7 +93,7 @@ def save_weights(session: Session, folder: str | Path) -> Path:
     first = session.backend.rank == 0
     failure = _attempt(lambda: _fresh_folder(aside)) if first else None
     _agree(session, failure, final)
-    names, failure = _write_stage(session, aside)
+    names, failure = _write_parts(session, aside)
     _agree(session, failure, final)
     everyone = _gathered_names(session, names)
     failure = _attempt(lambda: _finish(session, aside, final, everyone)) if first else None
@@ -100,16 +106,46 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def _write_stage(session: Session, aside: Path) -> tuple[_Names, str | None]:
-    """Write this rank's file, if it has one: what is in it, and what went wrong, if anything."""
-    if session.where.dp or session.where.cp:
-        return {}, None
-    stage = _gathered_stage(session)
-    if stage is None:
-        return {}, None
-    file = _file_name(session.where.pp, session.plan.topology.pp)
-    failure = _attempt(lambda: _write_tensors(aside / file, stage))
-    return {name: (file, tensor.numel() * tensor.element_size()) for name, tensor in stage.items()}, failure
+Part = tuple[int, tuple[Placement, ...]]  # what one file holds, and the pipeline rank it is from
+
+
+def _parts(plan: TrainingPlan) -> list[Part]:
+    """The files of a plan's model, in order; a tied copy is in none."""
+    found = []
+    for pp in range(plan.topology.pp):
+        stages = plan.rank_stages(pp)
+        whole = [tuple(p for stage in stages for p in plan.stage_layout[stage])]
+        by_unit = [
+            tuple(p for p in plan.stage_layout[stage] if p.segment in unit)
+            for stage in stages
+            for unit in units(plan.stage_segments[stage])
+        ]
+        found += [(pp, own) for own in (by_unit if plan.zero_stage >= PARAMETERS else whole)]
+    untied = [(pp, tuple(p for p in own if p.tied_to is None)) for pp, own in found]
+    return [part for part in untied if part[1]]
+
+
+def _write_parts(session: Session, aside: Path) -> tuple[_Names, str | None]:
+    """Write this rank's files, if it has any: what is in them, and what went wrong first, if anything.
+
+    Every rank comes this far with each part that it keeps some of, whatever went wrong before.
+    """
+    names: _Names = {}
+    failure, where = None, session.where
+    parts = _parts(session.plan)
+    for number, (pp, placements) in enumerate(parts):
+        if pp != where.pp:
+            continue
+        slices = whole_weights(session.parameters, session.backend, session.communicator.groups, placements)
+        if where.dp or where.cp:
+            continue
+        tensors = _gathered_slices(session, placements, slices)
+        if tensors is None:
+            continue
+        file = _file_name(number, len(parts))
+        failure = failure or _attempt(partial(_write_tensors, aside / file, tensors))
+        names |= {name: (file, tensor.numel() * tensor.element_size()) for name, tensor in tensors.items()}
+    return names, failure
 
 
 def _gathered_names(session: Session, names: _Names) -> _Names:
@@ -148,14 +184,14 @@ def _fresh_folder(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def _gathered_stage(session: Session) -> dict[str, torch.Tensor] | None:
-    """Whole tensors of this stage on its first rank; the others hand over their slices."""
+def _gathered_slices(
+    session: Session, placements: Sequence[Placement], slices: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """Whole tensors on the first tensor-parallel rank; the others hand over their slices."""
     backend, topology, where = session.backend, session.plan.topology, session.where
-    stage: dict[str, torch.Tensor] = {}
-    for placement in session.placements:
-        own = session.weights[placement.name]
-        if placement.tied_to is not None:
-            continue
+    found: dict[str, torch.Tensor] = {}
+    for placement in placements:
+        own = slices[placement.name]
         if where.tp:
             if placement.cut is not None:
                 first = rank_of(topology, Coordinate(pp=where.pp))
@@ -168,12 +204,12 @@ def _gathered_stage(session: Session) -> dict[str, torch.Tensor] | None:
             part = own.new_empty(local_shape(placement, there))
             backend.recv(part, rank_of(topology, there), "weights").wait()
             place_slice(whole, part, placement, there)
-        stage[placement.name] = whole
-    return None if where.tp else stage
+        found[placement.name] = whole
+    return None if where.tp else found
 
 
-def _file_name(stage: int, stages: int) -> str:
-    return SINGLE if stages == 1 else f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
+def _file_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -190,7 +226,7 @@ def _finish(session: Session, aside: Path, final: Path, names: _Names) -> None:
         "torch_dtype": str(session.parameters.dtype).removeprefix("torch."),
     }
     _write_json(aside / "config.json", config)
-    if session.plan.topology.pp > 1:
+    if len(_parts(session.plan)) > 1:
         total = sum(size for _, size in names.values())
         index = {
             "metadata": {"total_size": total},

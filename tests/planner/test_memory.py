@@ -56,7 +56,7 @@ def _plan(config: dict[str, Any], *, batch: int = 1, seq_len: int = 4, **asked: 
 
 
 def test_static_bytes_by_hand() -> None:
-    """bf16 with AdamW: 2 + 4 + 4 + 8 bytes for each of 196 elements, 12 step counters, and constants."""
+    """bf16 with AdamW: 2 + 4 + 4 + 8 bytes for each of 196 elements, a count of steps, and constants."""
     embedding, head, norms = 8 * 4, 8 * 4, 3 * 4
     attention = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4  # q, k, v, o
     mlp = 3 * 6 * 4
@@ -65,7 +65,7 @@ def test_static_bytes_by_hand() -> None:
     assert static_bytes(_plan(TINY), Coordinate()) == {
         "parameters": 2 * numel,
         "gradients": 4 * numel,
-        "optimizer": (4 + 4 + 4) * numel + 4 * 12,
+        "optimizer": (4 + 4 + 4) * numel + 4,
         "constants": 24 + 2 * 4 * 1 * 4,  # the angles' cosines and sines in fp32
     }
 
@@ -80,9 +80,9 @@ def test_static_bytes_by_hand() -> None:
     ],
 )
 def test_formats(precision: str, optimizer: str, parameters: int, gradients: int, state: int) -> None:
-    """fp32 and fp64 weights are their own main copy; SGD keeps no moments and no step counters."""
+    """fp32 and fp64 weights are their own main copy; SGD keeps no moments and counts no steps."""
     found = static_bytes(_plan(TINY, precision=precision, optimizer=optimizer), Coordinate())
-    counters = 4 * 12 if optimizer == "adamw" else 0
+    counters = 4 if optimizer == "adamw" else 0
     assert (found["parameters"], found["gradients"]) == (196 * parameters, 196 * gradients)
     assert found["optimizer"] == 196 * state + counters
 
@@ -160,10 +160,10 @@ def test_an_anchored_reduction_allocates_nothing() -> None:
     assert memory_timeline(pair, 1).max_bytes == memory_timeline(alone, 0).max_bytes
 
 
-def test_the_norm_needs_three_numbers_a_tensor() -> None:
-    """NORM's peak stands 8 * 3 * 12 bytes over what is live."""
+def test_the_norm_needs_one_number() -> None:
+    """NORM's peak stands 8 bytes over what is live."""
     timeline = memory_timeline(_plan(TINY), 0)
-    assert timeline.peak_bytes[-2] - timeline.live_bytes[-2] == 8 * 3 * 12
+    assert timeline.peak_bytes[-2] - timeline.live_bytes[-2] == 8
 
 
 def test_timelines_compare_by_value() -> None:

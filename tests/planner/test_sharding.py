@@ -31,6 +31,8 @@ SHAPES = {  # elements of each of the 20 tensors, by how many there are
     6 * 4: 6,  # gate, up, down
 }  # fmt: skip
 NUMEL = sum(size * count for size, count in SHAPES.items())
+VECTORS = 5 * 4  # norms, which no rank shares
+MATRICES = NUMEL - VECTORS
 
 
 def _plan(dp: int = 3, *, batch: int = 1, precision: str = "fp32", **asked: Any) -> TrainingPlan:
@@ -49,23 +51,24 @@ def _text(made: TrainingPlan) -> str:
 
 
 def test_each_stage_shards_one_thing_more() -> None:
-    """A third of each tensor, padded: 4 elements are 2, 8 are 3, 16 are 6, 24 are 8, 32 are 11."""
-    part = sum(-(-size // 3) * count for size, count in SHAPES.items())
-    counters = 4 * sum(SHAPES.values())
+    """A third of the matrices, padded once: 304 elements are 102. Under ZeRO-3 each unit has a buffer."""
+    part, counter = VECTORS + -(-MATRICES // 3), 4
+    whole = VECTORS + 3 * -(-MATRICES // 3)
+    units = VECTORS + 2 * -(-32 // 3) + 2 * -(-120 // 3)  # two tables, two layers
     found = [static_bytes(_plan(zero_stage=stage), Coordinate()) for stage in range(4)]
-    assert [own["optimizer"] for own in found] == [8 * NUMEL + counters] + [8 * part + counters] * 3
-    assert [own["gradients"] for own in found] == [4 * NUMEL] * 2 + [4 * part] * 2
-    assert [own["parameters"] for own in found] == [4 * NUMEL] * 3 + [4 * part]
+    assert [own["optimizer"] for own in found] == [8 * size + counter for size in (NUMEL, part, part, units)]
+    assert [own["gradients"] for own in found] == [4 * size for size in (NUMEL, whole, part, units)]
+    assert [own["parameters"] for own in found] == [4 * size for size in (NUMEL, whole, whole, units)]
 
 
 def test_fewer_ranks_share_a_copy() -> None:
-    """Of four ranks 0 and 1 share, and 2 and 3, half of each tensor; copies are on 0 and 2, and 1 and 3."""
+    """Of four ranks 0 and 1 share, and 2 and 3, half of each matrix; copies are on 0 and 2, and 1 and 3."""
     made = _plan(4, zero_stage=3, shard=2)
-    assert static_bytes(made, Coordinate())["parameters"] == 4 * NUMEL // 2
+    assert static_bytes(made, Coordinate())["parameters"] == 4 * (VECTORS + MATRICES // 2)
     assert groups(made.topology, "dp_cp:2") == ((0, 1), (2, 3))
     assert groups(made.topology, "dp_cp/2") == ((0, 2), (1, 3))
-    (sums,) = {tuple(exchange.group for exchange in own) for own in made.bucket_sums(0)}
-    assert sums == ("dp_cp:2", "dp_cp/2")
+    sums = {tuple(exchange.group for exchange in own) for own in made.bucket_sums(0)}
+    assert sums == {("dp_cp:2", "dp_cp/2"), ("dp_cp",)}
 
 
 def test_experts_are_shared_by_their_own_copies() -> None:
@@ -82,13 +85,17 @@ def test_optimizer_state_is_sharded_by_two_halves_of_an_all_reduce() -> None:
     """Reduce-scatter before the update and all-gather after it send as much as the all-reduce did."""
     plain, sharded = (_plan(4, zero_stage=stage, bucket_bytes=2**20) for stage in (0, 1))
     assert _text(sharded) == (
-        "0COUNT 0F0 0B0 0REDUCE_SCATTER0 WAIT(0REDUCE_SCATTER0) NORM UPDATE 0ALL_GATHER0 WAIT(0ALL_GATHER0)"
+        "0COUNT 0F0 0B0 0REDUCE0 0REDUCE_SCATTER1 WAIT(0REDUCE0) WAIT(0REDUCE_SCATTER1) NORM UPDATE "
+        "0ALL_GATHER1 WAIT(0ALL_GATHER1)"
     )
     before, after = (payload_bytes(made.program(), 0) for made in (plain, sharded))
     halves = [("reduce_scatter", "dp_cp"), ("all_gather", "dp_cp")]
-    assert [after[half] for half in halves] == [4 * NUMEL] * 2
+    assert [after[half] for half in halves] == [4 * MATRICES] * 2
     sent = sum(wire_bytes(half[0], after[half], 4) for half in halves)
-    assert sent == wire_bytes("all_reduce", before["all_reduce", "dp_cp"] - 8, 4)
+    vectors = after["all_reduce", "dp_cp"]
+    assert sent + wire_bytes("all_reduce", vectors - 8, 4) == wire_bytes(
+        "all_reduce", before["all_reduce", "dp_cp"] - 8, 4
+    )
 
 
 def test_gathered_parameters_have_their_own_format() -> None:
@@ -101,45 +108,79 @@ def test_gradients_are_reduced_in_every_microbatch() -> None:
     """Each is over before the next B begins; the optimizer finds this rank's part."""
     made = _plan(4, batch=2, zero_stage=2, bucket_bytes=2**20)
     assert _text(made) == (
-        "0COUNT 0F0 0B0 0REDUCE_SCATTER0 0F1 WAIT(0REDUCE_SCATTER0) 0B1 0REDUCE_SCATTER0 "
-        "WAIT(0REDUCE_SCATTER0) NORM UPDATE 0ALL_GATHER0 WAIT(0ALL_GATHER0)"
+        "0COUNT 0F0 0B0 0REDUCE_SCATTER1 0F1 WAIT(0REDUCE_SCATTER1) 0B1 0REDUCE0 0REDUCE_SCATTER1 "
+        "WAIT(0REDUCE0) WAIT(0REDUCE_SCATTER1) NORM UPDATE 0ALL_GATHER1 WAIT(0ALL_GATHER1)"
     )
-    assert made.buffer_bytes(0) == 4 * NUMEL  # one bucket: less than two of the largest
+    (filling,) = made.variant(0).fillings
+    assert (filling.bytes, filling.first, filling.last) == (4 * MATRICES, 5, None)
 
 
-def test_two_buckets_stand_while_gradients_are_reduced() -> None:
-    """One fills while the other travels: in B, and until the last one is waited for."""
+def test_full_gradients_are_reduced_once() -> None:
+    """Accumulated without communication, as under ZeRO-1: less is sent, and more stands."""
+    sharded, full = (
+        _plan(4, batch=2, zero_stage=2, bucket_bytes=2**20, accumulate=how) for how in (None, "full")
+    )
+    assert _text(full) == _text(_plan(4, batch=2, zero_stage=1, bucket_bytes=2**20))
+    payloads = [payload_bytes(made.program(), 0)["reduce_scatter", "dp_cp"] for made in (sharded, full)]
+    assert payloads == [2 * 4 * MATRICES, 4 * MATRICES]
+    gradients = [static_bytes(made, Coordinate())["gradients"] for made in (sharded, full)]
+    assert gradients == [4 * (VECTORS + MATRICES // 4), 4 * NUMEL]
+
+
+def test_two_segments_stand_while_gradients_are_reduced() -> None:
+    """One's buckets fill while those of the one before travel; the wait for these is inside the B."""
     made = _plan(4, zero_stage=2, bucket_bytes=1)
-    largest = 4 * 8 * 4
-    assert made.buffer_bytes(0) == 2 * largest
+    head, mlp, attention, embedding = (4 * size for size in (32, 72, 48, 32))
     timeline, standing = memory_timeline(made, 0), sum(static_bytes(made, Coordinate()).values())
     own = rows(made.program(), 0)
-    backward = [own[row].kind is Kind.BACKWARD for row in timeline.row.tolist()].index(True) + 6
-    waits = [own[row].kind is Kind.WAIT for row in timeline.row.tolist()].index(True)
-    assert (timeline.operation[backward], timeline.live_bytes[backward]) == (-1, standing + 2 * largest)
-    assert waits == backward + 1 and len(made.stage_buckets[0]) == 21
-    assert timeline.live_bytes[waits : waits + 21].tolist() == [standing + 2 * largest] * 20 + [standing]
+    begin = [own[row].kind is Kind.BACKWARD for row in timeline.row.tolist()].index(True)
+    activations = memory_timeline(_plan(4, zero_stage=1, bucket_bytes=1), 0)
+    plain = sum(static_bytes(_plan(4, zero_stage=1), Coordinate()).values())
+    buffers = (timeline.live_bytes[begin : begin + 7] - standing) - (
+        activations.live_bytes[begin : begin + 7] - plain
+    )
+    peaks = (timeline.peak_bytes[begin : begin + 6] - standing) - (
+        activations.peak_bytes[begin : begin + 6] - plain
+    )
+    two = [head, head + mlp, mlp + attention, attention + mlp, mlp + attention, attention + embedding]
+    assert peaks.tolist() == two
+    assert buffers.tolist() == [*two, embedding]
+    inside = [row for row in own if row.kind is Kind.WAIT and row.anchor_row >= 0]
+    assert [own[row.target].part for row in inside] == [
+        bucket.index for bucket in made.stage_buckets[0] if made.is_scattered(bucket) and bucket.ready_segment
+    ]
+    assert memory_timeline(made, 0).live_bytes[-1] == standing
 
 
 def test_parameters_are_gathered_beside_each_f_and_b() -> None:
-    """One row for all layers, two of which stand at a time; none is gathered after the update."""
+    """One row for all units, two of which stand at a time; vectors stand always."""
     made = _plan(4, zero_stage=3, bucket_bytes=2**20)
     assert _text(made) == (
-        "0COUNT 0UNSHARD 0F0 WAIT(0UNSHARD) 0RESHARD 0UNSHARD 0B0 0REDUCE_SCATTER0 WAIT(0UNSHARD) "
-        "0RESHARD WAIT(0REDUCE_SCATTER0) NORM UPDATE"
+        "0COUNT 0UNSHARD 0F0 WAIT(0UNSHARD) 0RESHARD 0UNSHARD 0B0 0REDUCE_SCATTER0 0REDUCE_SCATTER1 0REDUCE2 "
+        "0REDUCE_SCATTER3 0REDUCE_SCATTER4 WAIT(0UNSHARD) 0RESHARD WAIT(0REDUCE_SCATTER0) "
+        "WAIT(0REDUCE_SCATTER1) WAIT(0REDUCE2) WAIT(0REDUCE_SCATTER3) WAIT(0REDUCE_SCATTER4) NORM UPDATE"
     )
-    assert payload_bytes(made.program(), 0)["all_gather", "dp_cp"] == 2 * 4 * NUMEL
-    units = [4 * size for size in (8 * 4, *[2 * 16 + 2 * 8 + 3 * 24 + 2 * 4] * 2, 8 * 4 + 4)]
+    assert payload_bytes(made.program(), 0)["all_gather", "dp_cp"] == 2 * 4 * MATRICES
+    units = [4 * size for size in (8 * 4, *[2 * 16 + 2 * 8 + 3 * 24] * 2, 8 * 4)]
     assert made.gathered_bytes(0, "dp_cp") == tuple(units)
     ahead = [sum(pair) for pair in pairwise(units)]
-    seen, level = [], 0
+    seen, level = [], units[0]  # the row itself makes the first one's memory
     for segment in made.bodies(0).forward.segments:
         left, highest = (own[CATEGORIES.index("parameters")] for own in segment_memory(segment))
         seen.append(level + highest)
         level += left
     assert seen == [ahead[0], ahead[1], ahead[1], ahead[2], ahead[2], units[3]]
     peak = dict(memory_timeline(made, 0).peak_by_category)["parameters"]
-    assert peak - 4 * NUMEL // 4 == max(ahead)
+    assert peak - 4 * (VECTORS + MATRICES // 4) == max(ahead)
+
+
+def test_a_stage_may_stay_gathered() -> None:
+    """While consecutive cells use it: once for F and B of a microbatch, all of it at a time."""
+    made = _plan(4, batch=2, zero_stage=3, bucket_bytes=2**20, reshard="stage")
+    gathered = [row.bytes for row in rows(made.program(), 0) if row.kind is Kind.UNSHARD]
+    assert gathered == [4 * MATRICES]
+    peak = dict(memory_timeline(made, 0).peak_by_category)["parameters"]
+    assert peak == 4 * (VECTORS + MATRICES // 4) + 4 * MATRICES
 
 
 def test_torch_reads_the_gathering_too() -> None:
@@ -175,6 +216,10 @@ def test_what_is_exchanged_takes_time() -> None:
             {"zero_stage": 1, "shard": 2},
             "shard must divide the dp \\* cp = 3 data-parallel ranks, got 2; try 1, 3",
         ),
+        ({"accumulate": "some", "zero_stage": 2}, "accumulate must be one of full, sharded, got 'some'"),
+        ({"accumulate": "full", "zero_stage": 1}, "accumulate needs a zero_stage of 2 or 3"),
+        ({"reshard": "layer", "zero_stage": 3}, "reshard must be one of unit, stage, got 'layer'"),
+        ({"reshard": "unit", "zero_stage": 2}, "reshard needs a zero_stage of 3"),
         ({"shard": 3}, "shard needs a zero_stage of 1, 2 or 3, got shard=3 with zero_stage=0"),
     ],
 )
@@ -205,6 +250,6 @@ def test_buffers_of_one_stage_stand_at_a_time() -> None:
     )
     rank = rank_of(made.topology, Coordinate(pp=1))
     standing = static_bytes(made, Coordinate(pp=1))["gradients"]
-    buffers = [made.buffer_bytes(stage) for stage in made.rank_stages(1)]
+    buffers = [sum(f.bytes for f in made.variant(stage).fillings) for stage in made.rank_stages(1)]
     peak = dict(memory_timeline(made, rank).peak_by_category)["gradients"]
     assert peak <= standing + max(buffers) < standing + sum(buffers)

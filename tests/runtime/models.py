@@ -156,7 +156,7 @@ def train_rank(
         batches = step_batches(made, data, consumed=consumed, dp_index=session.where.dp)
         measured = measure_from is not None and step >= measure_from
         results.append(session.step(batches, measure_memory=measured))
-        gradients.append({name: gradient.clone() for name, gradient in session.gradients.items()})
+        gradients.append({name: gradient.clone() for name, gradient in session.whole_gradients().items()})
     return RankReport(results=tuple(results), gradients=tuple(gradients))
 
 

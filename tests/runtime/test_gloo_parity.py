@@ -113,6 +113,22 @@ CASES: dict[str, Case] = {
         {},
         {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "afab"},
     ),
+    "dp2 zero3": ({"family": "llama", "tied": True}, FP32, {"dp": 2, "zero_stage": 3}),
+    "dp4 shard2 zero2": (
+        {"family": "qwen2"},
+        {"optimizer": "adamw", "learning_rate": 1e-3},
+        {"dp": 4, "shard": 2, "zero_stage": 2},
+    ),
+    "dp2 tp2 zero3": (
+        {"family": "qwen3"},
+        FP32,
+        {"dp": 2, "tp": 2, "sequence_parallel": True, "zero_stage": 3, "reshard": "stage"},
+    ),
+    "dp2 pp2 zero1": (
+        {"family": "gpt2", "tied": True},
+        {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1},
+        {"dp": 2, "pp": 2, "zero_stage": 1},
+    ),
     "pp2 tp4 sp": (
         {"family": "qwen2", "heads": 8, "tied": True},
         {"optimizer": "adamw", "learning_rate": 1e-3},
@@ -120,11 +136,13 @@ CASES: dict[str, Case] = {
     ),
 }
 
-SOCKETS = ("dp2 tp2", "cp2", "tp3", "dp5", "dp2 pp2 tp2 sp")  # cases that run once more without shared memory
+# Cases that run once more without shared memory.
+SOCKETS = ("dp2 tp2", "cp2", "tp3", "dp4 shard2 zero2", "dp5", "dp2 pp2 tp2 sp")
 
 # Cases whose later steps have their memory measured.
 MEASURED = (
     "dp2",
+    "dp2 zero3",
     "pp2",
     "dp2 pp2 bf16",
     "tp3",
@@ -163,8 +181,8 @@ def trained(
         batches = step_batches(plan, samples(plan), consumed=consumed, dp_index=session.where.dp)
         measured = measure_from is not None and step >= measure_from
         results.append(session.step(batches, measure_memory=measured))
-        gradients.append({name: gradient.clone() for name, gradient in session.gradients.items()})
-    return RankReport(results=tuple(results), gradients=tuple(gradients)), session.weights
+        gradients.append({name: gradient.clone() for name, gradient in session.whole_gradients().items()})
+    return RankReport(results=tuple(results), gradients=tuple(gradients)), session.whole_weights()
 
 
 def run_table() -> dict[tuple[str, bool], tuple[RankReport, str]]:

@@ -13,13 +13,7 @@ from picotron.planner.topology import coordinate
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import step_batches
 from picotron.runtime.layout import assemble
-from picotron.runtime.optimizer import (
-    clip_coefficient,
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    owned_square_norm,
-)
+from picotron.runtime.optimizer import clip_coefficient, learning_rate
 from picotron.runtime.pipeline import Session, StepResult
 from picotron.runtime.simulated import simulate
 from tests.runtime.models import random_samples, random_weights, tiny_model, tiny_plan, tiny_workload
@@ -119,6 +113,14 @@ def test_adamw_is_torchs(parallel: dict[str, int]) -> None:
         torch.testing.assert_close(weights[-1][name], tensor, rtol=1e-12, atol=1e-14)
 
 
+def main_weights(session: Session) -> Tensors:
+    """Copies of the main weights of one rank."""
+    return {
+        name: session.parameters.state(name)["main"][1].view_as(weight).clone()
+        for name, weight in session.weights.items()
+    }
+
+
 @pytest.mark.parametrize("gradient_dtype", [None, "bf16"])
 def test_adamw_in_bf16_moves_main_weights_in_fp32(gradient_dtype: str | None) -> None:
     """Three steps: main weights are torch's of fp32 weights and gradients, and the weights those, rounded."""
@@ -129,12 +131,12 @@ def test_adamw_in_bf16_moves_main_weights_in_fp32(gradient_dtype: str | None) ->
 
     def main(backend: Backend) -> tuple[Tensors, list[Tensors], Tensors, Tensors]:
         session = Session(made, backend, random_weights)
-        first = {name: tensor.clone() for name, tensor in session.parameters.main.items()}
+        first = main_weights(session)
         gradients = []
         for step in range(3):
             session.step(step_batches(made, data, consumed=step * work.global_batch, dp_index=0))
             gradients.append({name: gradient.clone().float() for name, gradient in session.gradients.items()})
-        return first, gradients, session.parameters.main, session.weights
+        return first, gradients, main_weights(session), session.weights
 
     first, gradients, mains, weights = simulate(main, 1)[0]
     expected = torchs(
@@ -206,26 +208,41 @@ def test_copies_of_a_weight_stay_equal(optimizer: str) -> None:
         assert all(copy.equal(copies[0]) for copy in copies)
 
 
-def test_the_norm_counts_every_element_once() -> None:
+SHARDED: list[dict[str, Any]] = [
+    {"dp": 2, "pp": 2, "tp": 2},
+    {"dp": 4, "tp": 2, "zero_stage": 2, "shard": 2},
+    {"dp": 3, "pp": 2, "zero_stage": 3, "bucket_bytes": 1},
+]
+
+
+@pytest.mark.parametrize("parallel", SHARDED, ids=str)
+def test_the_norm_counts_every_element_once(parallel: dict[str, Any]) -> None:
     """Over all ranks the owned squares of gradients of one add up to the number of parameters."""
-    made = tiny_plan(tiny_model("llama", heads=4, kv_heads=1, tied=True), dp=2, pp=2, tp=2)
+    made = tiny_plan(
+        tiny_model("llama", heads=4, kv_heads=1, tied=True), tiny_workload(global_batch=12), **parallel
+    )
 
     def main(backend: Backend) -> float:
-        session = Session(made, backend)
-        ones = {name: torch.ones_like(gradient) for name, gradient in session.gradients.items()}
-        return float(owned_square_norm(session.placements, session.where, ones))
+        parameters = Session(made, backend).parameters
+        for own in parameters.buckets.values():
+            own.kept_gradients.fill_(1.0)
+        total = torch.zeros((), dtype=torch.float64)
+        parameters.add_square_norm(total)
+        return float(total)
 
-    assert sum(simulate(main, 8)) == pytest.approx(made.model.num_parameters, rel=1e-12)
+    counted = sum(simulate(main, made.topology.world_size))
+    assert counted == pytest.approx(made.model.num_parameters, rel=1e-12)
 
 
 def test_an_optimizer_keeps_two_moments_and_a_count() -> None:
-    """AdamW keeps them for each tensor once it has stepped; plain descent keeps nothing."""
-    weights, gradients = ({"w": torch.ones(3, 2), "b": torch.ones(2)} for _ in range(2))
-    adamw = make_optimizer(tiny_workload(optimizer="adamw"), weights, gradients)
-    assert optimizer_tensors(adamw) == []
-    adamw.step()
-    shapes = sorted(tuple(tensor.shape) for tensor in optimizer_tensors(adamw))
-    assert shapes == [(), (), (2,), (2,), (3, 2), (3, 2)]
-    descent = make_optimizer(tiny_workload(), weights, gradients)
-    descent.step()
-    assert optimizer_tensors(descent) == []
+    """AdamW keeps two for each bucket and one count of steps; plain descent keeps nothing."""
+
+    def state(optimizer: str) -> list[tuple[int, ...]]:
+        made = tiny_plan(tiny_model("llama"), tiny_workload(optimizer=optimizer))
+        (found,) = simulate(lambda b: Session(made, b).parameters.optimizer.tensors(), 1)
+        return [tuple(tensor.shape) for tensor in found]
+
+    made = tiny_plan(tiny_model("llama"))
+    count, *moments = state("adamw")
+    assert count == () and sum(size for (size,) in moments) == 2 * made.model.num_parameters
+    assert state("sgd") == []

@@ -194,7 +194,6 @@ REFUSED: dict[str, tuple[Callable[[], TrainingPlan], str]] = {
         "activation",
     ),
     "plain silu": (lambda: refused(config=tiny_config("gpt2", activation_function="silu")), "activation"),
-    "sharding": (lambda: refused(zero_stage=1), "zero_stage=1"),
 }
 
 
