@@ -61,6 +61,10 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"choices": get_args(TensorOverlap)},
         "what computes while a product's input gradient is summed over tp (default none)",
     ),
+    "compile": (
+        {"action": argparse.BooleanOptionalAction},
+        "compile RMS norms, gates and the loss into one kernel each (default: no)",
+    ),
     "stage_layers": ({"type": integers, "metavar": "LAYERS"}, "layers of each stage, as in 20,20,20,20"),
     "bucket_bytes": (_INTEGER, "bytes of a gradient bucket"),
     "zero_stage": (

@@ -89,6 +89,9 @@ def add_parser(subparsers: Subparsers) -> None:
     simulated.add_argument(
         "--memory-bytes", type=int, metavar="N", help="what each rank's device holds (default: no limit)"
     )
+    simulated.add_argument(
+        "--device", metavar="DEVICE", help="cpu (default), or cuda: all ranks share one GPU, and take turns"
+    )
 
 
 def default_plan() -> TrainingPlan:
@@ -202,6 +205,7 @@ def _world(arguments: argparse.Namespace) -> dict[str, object]:
         "semantics": arguments.semantics,
         "faults": [fault_from_text(text) for text in arguments.fault],
         "memory_bytes": arguments.memory_bytes,
+        "device": arguments.device,
         "timeout_seconds": arguments.timeout_seconds,
     }
     return {name: value for name, value in asked.items() if value is not None and value != []}

@@ -37,14 +37,8 @@ def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
         ops.matmul(f"{name}_proj", d.tokens, d.hidden, width, creates=[tensor], frees=frees)
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
-            statistics, normed = _head_norm_tensors(ops, name, heads)
-            ops.kernel(
-                f"{name}_norm",
-                d.tokens * heads * d.head_dim,
-                passes=5,
-                kernels=7,
-                creates=[statistics, normed],
-            )
+            made = _head_norm_tensors(ops, name, heads)
+            ops.rms_norm(f"{name}_norm", d.tokens * heads * d.head_dim, made)
     for name, width in zip("qk", _widths(d), strict=False) if model.rope_theta is not None else ():
         _rotate(ops, name, d.tokens * width)
     context = ops.saved("context", d.tokens * d.heads * d.head_dim)

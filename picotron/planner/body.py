@@ -151,6 +151,7 @@ class Dims:
     adds_products: bool = False  # weight products are made in the compute format, then added to the gradient
     loss_chunks: int = 1  # in which the loss takes the tokens
     tensor_overlap: TensorOverlap = "none"
+    compiled: bool = False  # steps bound by memory are one kernel each
 
     @property
     def tokens(self) -> int:
@@ -197,6 +198,7 @@ def dims(
     context: ContextParallel = "ring",
     loss_chunks: int = 1,
     tensor_overlap: TensorOverlap = "none",
+    compiled: bool = False,
 ) -> Dims:
     """The local sizes at ``tp_index``. Raises PlanError where tokens cannot be cut evenly."""
     tp, cp = topology.tp, topology.cp
@@ -227,6 +229,7 @@ def dims(
         adds_products=adds_products,
         loss_chunks=loss_chunks,
         tensor_overlap=tensor_overlap,
+        compiled=compiled,
     )
 
 

@@ -143,7 +143,10 @@ def _order_index(topology: Topology) -> int:
 def cases_of_plan(plan: TrainingPlan, software: SoftwareColumns | None = None) -> Cases:
     """One plan as cases of length 1, under the cluster's software profile where no other is given."""
     if software is None:
-        software = software_columns(plan.cluster.profile, plan.cluster.device.architecture)
+        profile = plan.cluster.profile
+        if plan.compile and profile.kernels == "eager":
+            profile = evolve(profile, kernels="compiled")
+        software = software_columns(profile, plan.cluster.device.architecture)
     return Cases(
         model=model_columns(plan.model),
         work=work_columns(plan.workload),

@@ -335,6 +335,7 @@ def _headline(plan: TrainingPlan) -> list[str]:
     ways = {"ring": "ring attention", "all_to_all": "all-to-all attention"}
     parallel = " ".join(degrees) + (", sequence parallel" if plan.sequence_parallel else "")
     parallel += f", {ways[plan.context]}" if topology.cp > 1 else ""
+    parallel += ", compiled" if plan.compile else ""
     tokens = work.global_batch * work.seq_len
     return [
         f"{plan.model.name} on {cluster.num_devices} x {cluster.device.name} ({cluster.name}): {parallel}",

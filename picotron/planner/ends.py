@@ -115,6 +115,9 @@ def _logit_gradient(ops: Operations, tokens: int, logits: Tensor, frees: Iterabl
     """Logits of ``tokens``, then their gradient in ``logits``; ``frees`` die with the product."""
     d = ops.d
     ops.matmul("head", tokens, d.hidden, d.vocab, creates=[logits], frees=frees)
+    if d.compiled and d.tp == 1:
+        ops.kernel("loss", tokens * d.vocab, passes=3)
+        return
     work = logits
     if d.statistics_itemsize != d.itemsize:
         work = ops.tensor("logits32", tokens * d.vocab, itemsize=d.statistics_itemsize)

@@ -31,6 +31,7 @@ from picotron.planner.validators import POSITIVE, as_float, is_positive, shown
 
 Quantity = Literal["step_seconds", "cpu_seconds"]
 CONSTANTS = ("compute_scale", "communication_scale", "step_seconds")
+REAL_CLOCKS = ("host", "device")
 TELLING_SHARE = 0.05
 MOST_SCALE = 1000.0  # beyond that the runs are of something else
 _NUDGE = 1e-3
@@ -218,10 +219,10 @@ def _from_metrics(lines: Sequence[Any], plan: TrainingPlan | None) -> Run:
     if any(not isinstance(line, dict) for line in lines):
         raise PlanError("each line of metrics must be a JSON object, got something else")
     clock = lines[0].get("rank_clock")
-    if clock != "host":
+    if clock not in REAL_CLOCKS:
         raise PlanError(
-            f"metrics must have been taken by the host's clock, got {shown(clock)}, on which simulated ranks "
-            "count other seconds; give the run's measurement.json, which has CPU seconds"
+            f"metrics must have been taken by the host's or a device's clock, got {shown(clock)}, on which "
+            "simulated ranks count other seconds; give the run's measurement.json, which has CPU seconds"
         )
     return Run(plan=plan, seconds=_typical([line.get("rank_seconds") for line in lines]))
 
@@ -230,7 +231,7 @@ def _from_measurement(data: Mapping[str, Any]) -> Run:
     if not isinstance(data.get("plan"), dict):
         raise PlanError("a measurement must hold its plan, got none; train the plan again")
     plan = plan_from_json(json.dumps(data["plan"]))
-    if data.get("clock") != "host":
+    if data.get("clock") not in REAL_CLOCKS:
         return Run(plan=plan, seconds=_total(data["cpu_seconds_by_rank"]), quantity="cpu_seconds")
     return Run(plan=plan, seconds=_typical(data.get("seconds")))
 

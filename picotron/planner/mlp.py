@@ -27,7 +27,8 @@ def gated_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     ops.matmul("up", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("up", size)], frees=[source])
     y, product = ops.x(1), ops.tensor("product", size)
     full = ops.partial_sum(y)
-    ops.kernel("swiglu", size, passes=5, kernels=2, creates=[product])
+    passes, kernels = (3, 1) if d.compiled else (5, 2)
+    ops.kernel("swiglu", size, passes=passes, kernels=kernels, creates=[product])
     ops.matmul("down", d.tokens, d.intermediate, d.hidden, creates=[full], frees=[product])
     ops.reduced("reduce output", full, y)
     ops.kernel("residual", d.local_tokens * d.hidden, passes=3)
@@ -39,10 +40,16 @@ def gated_mlp_backward(ops: Operations, model: ModelSpec, topology: Topology) ->
     size = d.tokens * d.intermediate
     gate, up = ops.saved("gate", size), ops.saved("up", size)
     active, product, dproduct = (ops.tensor(name, size) for name in ("active", "product", "dproduct"))
-    ops.kernel("swiglu again", size, passes=5, kernels=2, creates=[active, product])
+    if d.compiled:
+        ops.kernel("swiglu again", size, passes=3, creates=[product])
+    else:
+        ops.kernel("swiglu again", size, passes=5, kernels=2, creates=[active, product])
     output_backward(ops, product, d.intermediate, into="dproduct", last=True, bias=model.mlp_bias)
-    ops.kernel("gate gradient", size, passes=6, kernels=2)  # in the memory of gate, as that of up is of up
-    ops.kernel("up gradient", size, passes=3, frees=[active, dproduct])
+    if d.compiled:
+        ops.kernel("swiglu gradient", size, passes=5, frees=[dproduct])  # in the memory of gate and up
+    else:
+        ops.kernel("gate gradient", size, passes=6, kernels=2)  # in the memory of gate, as up has that of up
+        ops.kernel("up gradient", size, passes=3, frees=[active, dproduct])
 
     def weights(source: Tensor) -> None:
         for name, gradient in (("gate", gate), ("up", up)):

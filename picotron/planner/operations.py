@@ -164,15 +164,18 @@ class Operations:
     def norm(self, model: ModelSpec) -> Tensor:
         """The segment's norm over hidden; keeps its statistics."""
         normed = self.tensor("normed", self.d.local_tokens * self.d.hidden)
-        self.kernel(
-            "norm",
-            self.d.local_tokens * self.d.hidden,
-            passes=5 if model.norm == "rms" else 3,
-            kernels=7 if model.norm == "rms" else 1,
-            creates=[normed, *self.statistics(model), *(wide := self._wide_affine(model, "forward"))],
-            frees=wide,
-        )
+        size, wide = self.d.local_tokens * self.d.hidden, self._wide_affine(model, "forward")
+        made = [normed, *self.statistics(model), *wide]
+        if model.norm == "rms":
+            self.rms_norm("norm", size, made)
+        else:
+            self.kernel("norm", size, passes=3, creates=made, frees=wide)
         return normed
+
+    def rms_norm(self, name: str, elements: int, creates: Iterable[Tensor]) -> None:
+        """An RMS norm and its statistics."""
+        passes, kernels = (2, 1) if self.d.compiled else (5, 7)
+        self.kernel(name, elements, passes=passes, kernels=kernels, creates=creates)
 
     def statistics(self, model: ModelSpec) -> list[Tensor]:
         """What the norm keeps of each row."""
@@ -200,7 +203,7 @@ class Operations:
         self.kernel(
             "norm again",
             self.d.local_tokens * self.d.hidden,
-            passes=4,
+            passes=2 if self.d.compiled and model.norm == "rms" else 4,
             creates=[normed, *scratch],
             frees=scratch,
             reads=[self.x(), *self.statistics(model)],
@@ -238,7 +241,13 @@ class Operations:
         return self.tensor("dnormed", self.d.tokens * self.d.hidden)
 
     def rms_backward(self, name: str, rows: int, width: int, *, creates: Tensor, frees: Tensor) -> None:
-        """Backward of an RMS norm over ``width``: layer norm's with a mean of 0, and what that takes off."""
+        """Backward of an RMS norm over ``width``: layer norm's with a mean of 0, and what that takes off.
+
+        Compiled it is one kernel.
+        """
+        if self.d.compiled:
+            self.kernel(name, rows * width, passes=3, creates=[creates], frees=[frees])
+            return
         zero, scale = self._statistic(f"{name} zero", rows), self._statistic(f"{name} scale", width)
         spent = [zero, scale]
         if self.d.statistics_itemsize != self.d.itemsize:

@@ -191,3 +191,12 @@ def _degree_remedy(num_devices: int, topology: Topology) -> str:
     if num_devices % rest == 0:
         return f"try dp={num_devices // rest}"
     return f"pp * cp * tp = {rest} does not divide {num_devices}"
+
+
+def check_compile(asked: bool, model: ModelSpec) -> None:
+    """Raise PlanError where the bodies have no compiled kernels."""
+    if asked and (model.experts is not None or model.latent_attention is not None):
+        raise PlanError(
+            f"compile=True is for layers without experts or latent attention, got {model.name}, "
+            "whose bodies have eager kernels alone; leave it out"
+        )

@@ -26,6 +26,7 @@ from picotron.planner.pipeline import Schedule, schedule_from_csv
 from picotron.planner.plan_rules import (
     check_accumulate,
     check_actions,
+    check_compile,
     check_degrees,
     check_loss_chunks,
     check_parts,
@@ -46,7 +47,7 @@ from picotron.planner.sharding import (
 )
 from picotron.planner.stage import Variant, stage_bodies
 from picotron.planner.topology import Coordinate, Topology
-from picotron.planner.validators import are_words, as_tuple, must_be, one_of, whole
+from picotron.planner.validators import FLAG, are_words, as_tuple, must_be, one_of, whole
 from picotron.planner.workload import Format, Workload
 
 SCHEMA_VERSION = 1
@@ -87,6 +88,7 @@ class TrainingPlan:
     ``recompute`` and ``offload`` have one value for each decoder layer; one value given for all is repeated.
     ``loss_chunks``: in so many parts of a microbatch's tokens logits are made and lost again.
     ``tensor_overlap``: what computes while a product's input gradient is summed over tp.
+    ``compile``: RMS norms, gates and the loss over a whole vocabulary are compiled into one kernel each.
     ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
@@ -103,6 +105,7 @@ class TrainingPlan:
     context: ContextParallel = "ring"
     loss_chunks: int = field(default=1, validator=whole(1))
     tensor_overlap: TensorOverlap = field(default="none", validator=one_of(TensorOverlap))
+    compile: bool = field(default=False, validator=FLAG)
     stage_layers: tuple[int, ...] = field(converter=_layers)
     bucket_bytes: int = field(default=DEFAULT_BUCKET_BYTES, validator=whole(1))
     zero_stage: int = field(default=0, validator=whole(0, 3))
@@ -131,6 +134,7 @@ class TrainingPlan:
         check_loss_chunks(self.loss_chunks, self.micro_batch * self.workload.seq_len // self.topology.cp)
         if self.tensor_overlap != "none" and self.topology.tp == 1:
             raise PlanError(f"tensor_overlap={self.tensor_overlap} needs tp > 1, got tp=1; leave it out")
+        check_compile(self.compile, self.model)
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
@@ -255,6 +259,7 @@ class TrainingPlan:
             context=self.context,
             loss_chunks=self.loss_chunks,
             tensor_overlap=self.tensor_overlap,
+            compiled=self.compile,
         )
 
     def token_positions(self, cp_index: int) -> np.ndarray:

@@ -35,6 +35,7 @@ OPTIONS = (
     "context",
     "loss_chunks",
     "tensor_overlap",
+    "compile",
 )
 STAGES = ("schedule", "virtual_stages", "stage_layers")
 WORK = tuple(attribute.name for attribute in fields(Workload))

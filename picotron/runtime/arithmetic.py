@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-BLOCK = 2**16  # elements summed and copied at a time, so that they stay in a core's cache
+BLOCK = 2**16  # elements summed and copied at a time on a CPU, so that they stay in a core's cache
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,8 +33,9 @@ def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
 def _all_reduce(parts: list[tuple[torch.Tensor, str]]) -> None:
     op = parts[0][1]
     flat = [as_elements(tensor) for tensor, _ in parts]
-    for first in range(0, max(flat[0].numel(), 1), BLOCK):
-        total, *others = own = [tensor[first : first + BLOCK] for tensor in flat]
+    block = BLOCK if flat[0].device.type == "cpu" else max(flat[0].numel(), 1)
+    for first in range(0, max(flat[0].numel(), 1), block):
+        total, *others = own = [tensor[first : first + block] for tensor in flat]
         reduce_into(total, own, op)
         for other in others:
             other.copy_(total)

@@ -11,7 +11,7 @@ import torch
 
 from picotron.planner.model import Segment
 from picotron.runtime.fused import Projections
-from picotron.runtime.kernels import AttentionCore, RmsNorm, rotate
+from picotron.runtime.kernels import AttentionCore, rotate
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
 
@@ -41,9 +41,7 @@ class SplitAttention(AttentionSegment):
         super().__init__(context, segment)
         self.qkv = Projections(["q_proj", "k_proj", "v_proj"], self.w, self.d)
         self.head_norms = {
-            name: RmsNorm(
-                self.w[f"{name}_norm.weight"], self.d[f"{name}_norm.weight"], context.model.norm_eps
-            )
+            name: self._rms_norm(f"{name}_norm.weight")
             for name in ("q", "k")
             if f"{name}_norm.weight" in self.w
         }

@@ -41,12 +41,16 @@ _REDUCIBLE = (
 )
 
 
+Mark = Any
+"""A moment on a rank's clock: seconds or, on the device's clock, what ``seconds_since`` alone can read."""
+
+
 class Handle(Protocol):
     """An operation under way. Every handle is to be waited for, once at least."""
 
     @property
-    def span(self) -> tuple[float, float] | None:
-        """Start and end on the rank's clock once it is complete, where the backend knows them."""
+    def span(self) -> tuple[Mark, Mark] | None:
+        """Start and end on the rank's clock once it has been waited for, where the backend knows them."""
 
     def wait(self) -> None:
         """Return once the operation is complete; a second call returns at once.
@@ -90,8 +94,9 @@ class Transfer:
     channel: str = ""
 
 
-Clock = Literal["virtual", "virtual cpu", "host"]
-"""What mark() tells: seconds that spend() and prices make pass, a thread's own CPU seconds, or the host's."""
+Clock = Literal["virtual", "virtual cpu", "host", "device"]
+"""What mark() tells: seconds that spend() and prices make pass, a thread's own CPU seconds, the host's, or
+the device's."""
 
 
 @frozen(kw_only=True)
@@ -128,6 +133,13 @@ class Backend(Protocol):
 
         Collective over the world: every rank, member or not, opens every group in the same order. Groups
         of equal ranks are separate communicators.
+        """
+
+    def open_channels(self, channels: Sequence[tuple[int, int, str]]) -> None:
+        """Make ready for messages on ``channels``: (sender, receiver, channel) in ascending order.
+
+        Both ends of a channel name it. Messages on others are allowed; where a channel is a communicator of
+        its own, the first message then waits for the peer's, which can be a deadlock.
         """
 
     def all_reduce(self, tensor: torch.Tensor, group: Group, op: str = "sum") -> Handle:
@@ -193,8 +205,11 @@ class Backend(Protocol):
     def settle(self) -> None:
         """Return once completed operations have let go of their tensors; for measuring live memory."""
 
-    def mark(self) -> float:
-        """Seconds on this rank's clock; only differences mean anything."""
+    def mark(self) -> Mark:
+        """Now on this rank's clock; never waits."""
+
+    def seconds_since(self, start: Mark, marks: Sequence[Mark]) -> list[float]:
+        """Seconds from ``start`` to each of ``marks``. A device's clock is waited for: ask after the step."""
 
     def spend(self, seconds: float) -> None:
         """Compute for so long by the plan: moves a virtual clock, and does nothing where time is real."""

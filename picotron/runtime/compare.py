@@ -169,6 +169,7 @@ _CLOCKS = {
     "virtual": "virtual time, in which the plan's own seconds pass",
     "virtual cpu": "virtual time: CPU seconds, with a core for each rank",
     "host": "host clock",
+    "device": "device clock",
 }
 
 

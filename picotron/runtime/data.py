@@ -13,11 +13,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import define, field, frozen
 
 from picotron.errors import PlanError
 from picotron.planner.data import microbatch_slice, sample_indices
 from picotron.planner.plan import TrainingPlan
+from picotron.runtime.backend import unseen
 
 IGNORED = -100  # the label of a position without loss
 STANDARD_LIBRARY_BYTES = 16 * 2**20  # as much of it as a default run reads
@@ -160,21 +161,54 @@ def _checked(plan: TrainingPlan, sample: np.ndarray, index: int) -> np.ndarray:
     return sample
 
 
-@frozen(eq=False)
+@define(eq=False)
 class DeviceTokens:
-    """A microbatch as segments take it: fresh tensors on the device, made when asked for."""
+    """A microbatch as segments take it: fresh tensors on the device, made when asked for.
+
+    On CUDA they are copied from pinned memory, so that the host does not wait for the copy.
+    """
 
     batch: HostBatch
     device: torch.device
+    asked_for: set[str] = field(factory=set)
+    _pinned: dict[str, torch.Tensor] = field(factory=dict)
 
     def token_ids(self) -> torch.Tensor:
         """[T] int64."""
-        return self._fresh(self.batch.ids)
+        return self._fresh("ids")
 
     def labels(self) -> torch.Tensor:
         """[T] int64."""
-        return self._fresh(self.batch.targets)
+        return self._fresh("targets")
 
-    def _fresh(self, array: np.ndarray) -> torch.Tensor:
-        source = torch.from_numpy(array).flatten()
-        return torch.empty(source.shape, dtype=torch.int64, device=self.device).copy_(source)
+    def pin(self, name: str) -> None:
+        """Have a part of the batch in memory that a GPU copies from by itself."""
+        if self.device.type == "cuda" and name not in self._pinned:
+            with unseen():
+                self._pinned[name] = torch.from_numpy(getattr(self.batch, name)).flatten().pin_memory()
+
+    def _fresh(self, name: str) -> torch.Tensor:
+        self.asked_for.add(name)
+        self.pin(name)
+        source = self._pinned.get(name)
+        if source is None:
+            source = torch.from_numpy(getattr(self.batch, name)).flatten()
+        target = torch.empty(source.shape, dtype=torch.int64, device=self.device)
+        return target.copy_(source, non_blocking=True)
+
+
+class Feed:
+    """A step's microbatches on their way to the device, each pinned while the device runs the one before."""
+
+    def __init__(self, batches: Sequence[HostBatch], device: torch.device) -> None:
+        self._tokens = [DeviceTokens(batch, device) for batch in batches]
+
+    def tokens(self, microbatch: int) -> DeviceTokens:
+        """Those of ``microbatch``."""
+        return self._tokens[microbatch]
+
+    def pin_after(self, microbatch: int) -> None:
+        """Pin, of the one after ``microbatch``, what was asked for of it."""
+        if microbatch + 1 < len(self._tokens):
+            for name in sorted(self._tokens[microbatch].asked_for):
+                self._tokens[microbatch + 1].pin(name)

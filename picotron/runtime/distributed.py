@@ -5,8 +5,11 @@ torchrun's environment once a process; several backends can follow one another o
 each over all of them or over a part, whose ranks then count from 0.
 
 - avg on gloo is the sum, divided when waited for.
-- A channel is a tag on gloo. On NCCL each direction of it is a communicator of its own per pair, made by its
-  first operation, which therefore waits for the peer's first.
+- A channel is a tag on gloo. On NCCL each direction of it is a communicator of its own per pair. NCCL makes
+  communicators at their first operation, and the host waits there for the peers: so every group and channel
+  has its first operation where it is opened, in an order that all ranks share.
+- On NCCL ``wait`` has the current stream wait, and never the host; what an operation uses is kept until then.
+  Its clock is the device's: ``mark`` puts an event on the stream, ``seconds_since`` reads it after the step.
 - Whatever torch raises, because a peer died or the timeout passed, is an ExecutionError that names rank and
   operation, and the failure a rank announced by ``abort`` if there was one.
 - A ``Watchdog`` tells every rank of another's death, and ends it if it does not end by itself.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -33,6 +36,7 @@ from picotron.runtime.backend import (
     Capabilities,
     Group,
     Handle,
+    Mark,
     Transfer,
     check_all_gather,
     check_all_reduce,
@@ -47,6 +51,7 @@ from picotron.runtime.backend import (
 from picotron.runtime.connections import break_off, open_connections
 from picotron.runtime.same_host import WAITING, share_host
 from picotron.runtime.shared_collectives import Finish, SharedCollectives
+from picotron.runtime.stamps import CommunicationClock, Stamp
 from picotron.runtime.watchdog import TELL_SECONDS, Watchdog
 
 if TYPE_CHECKING:
@@ -57,7 +62,7 @@ SHARED_BYTES = 1 << 24  # the largest tensor that goes through memory shared wit
 SETTLE_SECONDS = 3e-3
 
 GLOO = Capabilities(name="gloo", clock="host", fused_reduce_scatter=False)
-NCCL = Capabilities(name="nccl", clock="host", fused_reduce_scatter=True)
+NCCL = Capabilities(name="nccl", clock="device", fused_reduce_scatter=True)
 
 MESSAGES = 1 << 32  # channels of messages are numbered from here, those of groups below
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -116,6 +121,7 @@ class DistributedBackend:
         self._tags: dict[int, str] = {}
         self._num_groups = 0
         self._shared: SharedCollectives | None = None
+        self._clock = CommunicationClock(self.device) if self.capabilities is NCCL else None
         self._watchdog: Watchdog | None = None
         self._connections: frozenset[str] = frozenset()  # of torch's groups
         self._started_cpu_seconds = time.process_time()
@@ -153,13 +159,21 @@ class DistributedBackend:
             shared_memory=shared_memory,
         )
 
-    def close(self) -> None:
-        """Close every communicator; a second call does nothing."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close every communicator; a second call does nothing.
+
+        ``failed``: operations may be under way that will never end; on NCCL they are ended.
+        """
         if self._shared is not None:
             self._shared.host.close()
         if self._watchdog is not None:
             self._watchdog.leave()
-        if dist.is_initialized():
+        for pair in self._pairs.values():
+            pair.abort()  # nothing is under way, or it will never end
+        self._pairs.clear()
+        if dist.is_initialized() and failed and self.capabilities is NCCL:
+            dist.distributed_c10d._abort_process_group()
+        elif dist.is_initialized():
             dist.destroy_process_group()
         if self._watchdog is not None:
             self._watchdog.close()
@@ -189,6 +203,8 @@ class DistributedBackend:
             self.abort(error)
             return
         try:
+            if self._clock is not None:
+                torch.cuda.synchronize(self.device)
             self.barrier()
         finally:
             self.close()
@@ -198,8 +214,21 @@ class DistributedBackend:
         members = check_ranks(self.rank, ranks, self.world_size)
         with self._named("new_group"), self._connecting():
             opened = dist.new_group(list(members), timeout=self._timeout)
+            if self.capabilities is NCCL and self.rank in members:
+                dist.all_reduce(torch.zeros(1, device=self.device), group=opened)
         self._num_groups += 1
         return Group(members, name, Opened(opened, self._num_groups, self._is_shared(members)))
+
+    def open_channels(self, channels: Sequence[tuple[int, int, str]]) -> None:
+        """On NCCL one number goes over each, so that its communicator is there; on gloo nothing."""
+        if self.capabilities is GLOO:
+            return
+        for sender, receiver, channel in sorted(channels):
+            number = torch.zeros(1, device=self.device)
+            if self.rank == sender:
+                self.send(number, receiver, channel).wait()
+            elif self.rank == receiver:
+                self.recv(number, sender, channel).wait()
 
     def _is_shared(self, ranks: Sequence[int]) -> bool:
         return self._shared is not None and self._shared.reaches(ranks)
@@ -303,10 +332,10 @@ class DistributedBackend:
         with self._named(action := f"send to rank {peer} on channel {channel!r}"):
             if shared := self._sharing_with(peer, tensor):
                 return SharedHandle(self, action, shared.send(tensor, peer, MESSAGES + self._tag(channel)))
-            if self.capabilities is NCCL:
-                work = self._pair(self.rank, peer, channel).send([tensor], 1, 0)
-            else:
-                work = dist.isend(tensor, peer, tag=self._tag(channel))
+            if self._clock is not None:
+                pair, posted = self._pair(self.rank, peer, channel), self._clock.mark()
+                return StreamHandle(self, action, pair.send([tensor], 1, 0), posted, self._clock, pair)
+            work = dist.isend(tensor, peer, tag=self._tag(channel))
         return DistributedHandle(self, action, work, None)
 
     def recv(self, tensor: torch.Tensor, peer: int, channel: str = "") -> Handle:
@@ -315,10 +344,10 @@ class DistributedBackend:
         with self._named(action := f"recv from rank {peer} on channel {channel!r}"):
             if shared := self._sharing_with(peer, tensor):
                 return SharedHandle(self, action, shared.receive(tensor, peer, MESSAGES + self._tag(channel)))
-            if self.capabilities is NCCL:
-                work = self._pair(peer, self.rank, channel).recv([tensor], 0, 0)
-            else:
-                work = dist.irecv(tensor, peer, tag=self._tag(channel))
+            if self._clock is not None:
+                pair, posted = self._pair(peer, self.rank, channel), self._clock.mark()
+                return StreamHandle(self, action, pair.recv([tensor], 0, 0), posted, self._clock, pair)
+            work = dist.irecv(tensor, peer, tag=self._tag(channel))
         return DistributedHandle(self, action, work, None)
 
     def batch(self, transfers: Sequence[Transfer]) -> Handle:
@@ -342,12 +371,19 @@ class DistributedBackend:
         return values
 
     def settle(self) -> None:
-        """Give torch's own threads, which let go of tensors just after ``wait``, a moment to do so."""
-        time.sleep(SETTLE_SECONDS)
+        """Give gloo's threads, which let go of tensors just after ``wait``, a moment to do so."""
+        if self._clock is None:
+            time.sleep(SETTLE_SECONDS)
 
-    def mark(self) -> float:
-        """Host seconds; on CUDA the device may be behind."""
-        return time.perf_counter()
+    def mark(self) -> Mark:
+        """Host seconds, or an event on the current stream."""
+        return time.perf_counter() if self._clock is None else self._clock.mark()
+
+    def seconds_since(self, start: Mark, marks: Sequence[Mark]) -> list[float]:
+        """Seconds from ``start`` to each of ``marks``."""
+        if self._clock is None:
+            return [mark - start for mark in marks]
+        return self._clock.seconds(start, marks)
 
     def spend(self, seconds: float) -> None:
         """Nothing: time is real."""
@@ -373,7 +409,7 @@ class DistributedBackend:
                 self._store.compare_set("failure", "", failure)  # the first one stays
             if self._watchdog is not None:
                 self._watchdog.failed(failure)
-            self.close()
+            self.close(failed=True)
         except RuntimeError as secondary:  # the first error is the one to tell
             error.add_note(f"closing then failed too: {secondary}")
 
@@ -402,6 +438,10 @@ class DistributedBackend:
         if not isinstance(group.payload, Opened):
             raise ExecutionError(f"group must come from new_group, got {group}", rank=self.rank, action=kind)
         with self._named(action):
+            if self._clock is not None:
+                posted = self._clock.mark()
+                work = start(group.payload.process_group)
+                return StreamHandle(self, action, work, posted, self._clock, group.payload.number)
             return DistributedHandle(self, action, start(group.payload.process_group), finish)
 
     def _reduction(
@@ -517,6 +557,37 @@ class DistributedHandle:
             if self.finish is not None:
                 self.finish()
         self.work = None
+
+
+@define
+class StreamHandle:
+    """An operation on a stream of NCCL's; ``communicator`` tells which.
+
+    ``posted`` is when its inputs were there, from which it counts: what it waits for of earlier operations
+    and of its peers is its own time.
+    """
+
+    backend: DistributedBackend
+    action: str
+    work: Any
+    posted: Stamp
+    clock: CommunicationClock
+    communicator: Hashable
+    waited: bool = False
+
+    @property
+    def span(self) -> tuple[Stamp, Stamp] | None:
+        """From posting to its end on its own stream; None before it is waited for."""
+        if not self.waited:
+            return None
+        return self.posted, self.clock.after(self.communicator, self.work.wait)
+
+    def wait(self) -> None:
+        """Have the current stream wait for it; the host goes on."""
+        if not self.waited:
+            with self.backend._named(self.action):
+                self.work.wait()
+        self.waited = True
 
 
 @frozen

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import Segment
+from picotron.runtime.compiled import logit_gradient
 from picotron.runtime.kernels import statistics_dtype, vocabulary_slice
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
@@ -93,7 +94,7 @@ class Head(SegmentRunner):
             saved["dnormed"] = self.context.reduce(self._in_chunks(self._normed(x, saved), labels))
         else:
             logits = self.logits(x, saved)
-            wide = logits.to(statistics_dtype(logits.dtype))
+            wide = self._wide(logits)
             del logits
             self._logit_gradient(wide, labels)
             saved["logits"] = wide.to(x.dtype)
@@ -104,7 +105,7 @@ class Head(SegmentRunner):
         dnormed = torch.empty_like(source)
         for first, stop in even_ranges(self.dims.tokens, self.dims.loss_chunks):
             logits = torch.mm(source[first:stop], self.weight.t())
-            wide = logits.to(statistics_dtype(logits.dtype))
+            wide = self._wide(logits)
             del logits
             self._logit_gradient(wide, labels[first:stop])
             logits = wide.to(source.dtype)
@@ -114,9 +115,21 @@ class Head(SegmentRunner):
             del logits
         return dnormed
 
+    @property
+    def _compiled(self) -> bool:
+        """Whether one kernel makes the loss; it reads and writes logits in their own format."""
+        return self.dims.compiled and self.dims.tp == 1
+
+    def _wide(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits in the format in which the loss is computed, step by step."""
+        return logits if self._compiled else logits.to(statistics_dtype(logits.dtype))
+
     def _logit_gradient(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Cross-entropy over the cut vocabulary, in place (Shoeybi et al. 2019, section 3)."""
         context, tp = self.context, self.dims.tp
+        if self._compiled:
+            logit_gradient(logits, context.statistics, labels)
+            return
         top = logits.amax(dim=-1, keepdim=True)
         if tp > 1:
             context.communicator.all_reduce(top, "tp", "max")

@@ -2,8 +2,9 @@
 
 Torch counts every write to a tensor's memory through torch (its version); views of one tensor share the
 count. So a tensor that is the whole of its memory is watched by its version alone. Of a part of a larger one,
-other parts may be written meanwhile: there a checksum looks into an unlike version. Writes that torch does
-not count (through numpy, or ``.data``) are not seen.
+other parts may be written meanwhile: there a checksum looks into an unlike version. On a GPU, where that
+would wait for the device, there is none, and a part is not watched. Writes that torch does not count (through
+numpy, or ``.data``) are not seen.
 """
 
 from __future__ import annotations

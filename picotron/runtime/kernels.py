@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional
 
 from picotron.planner.model import RopeScaling
+from picotron.runtime import flash
 
 
 class Norm(Protocol):
@@ -191,7 +192,7 @@ class Attention:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Q [batch, s, heads, d]; k and v [batch, s, kv heads, d]."""
         self.tensors = [part.transpose(1, 2) for part in (q, k, v)]
-        self._kernel: AttentionKernel = FlashOnCpu() if q.device.type == "cpu" else Island()
+        self._kernel: AttentionKernel = Flash() if flash.takes(q) else Island()
         self.run()
 
     def run(self) -> None:
@@ -226,22 +227,17 @@ class AttentionKernel(Protocol):
         """Gradients of q, k and v, from that of the output; ``tensors``: q, k, v and what forward gave."""
 
 
-class FlashOnCpu:
-    """The kernel that torch's own attention takes on a CPU (Dao et al. 2022, arXiv:2205.14135)."""
+class Flash:
+    """Torch's own flash kernels, called by name (Dao et al. 2022, arXiv:2205.14135)."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Sequence[torch.Tensor]:
         """Output and log-sum-exp."""
-        found: Sequence[torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True
-        )
-        return found
+        return flash.forward(q, k, v, causal=True)
 
     def backward(self, grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Gradients of q, k and v."""
-        found: Sequence[torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, *tensors, 0.0, True
-        )
-        return found
+        q, k, v, out, log_sum_exp = tensors
+        return flash.backward(grad, q, k, v, out, log_sum_exp, causal=True)
 
 
 class Island:

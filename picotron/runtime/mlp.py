@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from picotron.planner.model import Segment
+from picotron.runtime.compiled import swiglu, swiglu_backward
 from picotron.runtime.fused import Projections
 from picotron.runtime.segment import Context, Saved, SegmentRunner, Tokens
 
@@ -28,7 +29,7 @@ class GatedMlp(SegmentRunner):
         source = self._normed(x, saved)
         gate, up = saved["gate"], saved["up"] = self.gate_up.outputs(source)
         del source
-        product = functional.silu(gate).mul_(up)
+        product = swiglu(gate, up) if self.dims.compiled else functional.silu(gate).mul_(up)
         full = torch.mm(product, self.w["down_proj.weight"].t())
         del product
         y = self.context.reduce(full)
@@ -40,19 +41,26 @@ class GatedMlp(SegmentRunner):
     def backward(self, saved: Saved, dy: torch.Tensor) -> torch.Tensor:
         """The gradient of x."""
         gate, up = saved.pop("gate"), saved.pop("up")
-        active = functional.silu(gate)
-        product = active * up
+        if self.dims.compiled:
+            product = swiglu(gate, up)
+        else:
+            active = functional.silu(gate)
+            product = active * up
         self._add_bias_gradient("down_proj.bias", dy)
         full = self.context.gather(dy)
         self._add_product(saved, "down_proj.weight", full, product)
         del product
         dproduct = torch.mm(full, self.w["down_proj.weight"])
         del full
-        up.mul_(dproduct)  # the gradient of the activation, for a moment
-        torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
-        torch.mul(active, dproduct, out=up)
+        if self.dims.compiled:
+            swiglu_backward(gate, up, dproduct)
+        else:
+            up.mul_(dproduct)  # the gradient of the activation, for a moment
+            torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
+            torch.mul(active, dproduct, out=up)
+            del active
         gradients = [gate, up]
-        del active, dproduct, gate, up
+        del dproduct, gate, up
         dnormed = self._input_backward(saved, gradients)
         return self._norm_backward(saved, dnormed).add_(dy)
 

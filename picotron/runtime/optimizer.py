@@ -27,6 +27,25 @@ def learning_rate(work: Workload, step: int) -> float:
     return work.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@frozen
+class Verdict:
+    """What becomes of a step, decided on its device and unknown to the host, which need not wait for it.
+
+    Fused kernels divide gradients by ``scale``, fp32 to them, and do nothing at all where ``skip`` is 1.
+    """
+
+    scale: torch.Tensor
+    skip: torch.Tensor
+
+
+def verdict(statistics: torch.Tensor, max_norm: float) -> Verdict:
+    """From squared gradient norm, loss and tokens of the world: how to clip, and whether to skip the step."""
+    skip = torch.isfinite(statistics).all().logical_not().to(torch.float32)
+    norm = statistics[0].sqrt()
+    scale = (norm + CLIP_EPSILON).div(max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
+    return Verdict(scale.to(torch.float32), skip)
+
+
 def clip_coefficient(norm: float, max_norm: float) -> float:
     """What gradients of global ``norm`` are multiplied by; 1 where clipping is off."""
     return 1.0 if max_norm == 0 else min(1.0, max_norm / (norm + CLIP_EPSILON))
@@ -60,20 +79,28 @@ class Optimizer:
         """The state it keeps."""
         return [*self.num_updates, *(moment for own in self.ranges for moment in own.moments.values())]
 
-    def update(self, rate: float) -> None:
-        """One step at a learning rate of ``rate``."""
+    def update(self, rate: float, decided: Verdict | None = None) -> None:
+        """One step at a learning rate of ``rate``, clipped and skipped as was ``decided`` on the device."""
         for count in self.num_updates:
             count.add_(1)
+            if decided is not None:
+                count.sub_(decided.skip)
+        scaling = {} if decided is None else {"grad_scale": decided.scale, "found_inf": decided.skip}
         gradients = {id(own): own.gradients.to(own.weights.dtype) for own in self.ranges}
         for decays in (True, False):
             chosen = [own for own in self.ranges if own.decays is decays and own.weights.numel()]
             if chosen:
                 decay = self.work.weight_decay if decays else 0.0
                 update = self._sgd if self.work.optimizer == "sgd" else self._adamw
-                update(chosen, [gradients[id(own)] for own in chosen], rate, decay)
+                update(chosen, [gradients[id(own)] for own in chosen], rate, decay, scaling)
 
     def _adamw(
-        self, chosen: Sequence[Range], gradients: list[torch.Tensor], rate: float, decay: float
+        self,
+        chosen: Sequence[Range],
+        gradients: list[torch.Tensor],
+        rate: float,
+        decay: float,
+        scaling: Mapping[str, torch.Tensor],
     ) -> None:
         torch._fused_adamw_(
             [own.weights for own in chosen],
@@ -89,9 +116,17 @@ class Optimizer:
             eps=ADAM_EPSILON,
             amsgrad=False,
             maximize=False,
+            **scaling,
         )
 
-    def _sgd(self, chosen: Sequence[Range], gradients: list[torch.Tensor], rate: float, decay: float) -> None:
+    def _sgd(
+        self,
+        chosen: Sequence[Range],
+        gradients: list[torch.Tensor],
+        rate: float,
+        decay: float,
+        scaling: Mapping[str, torch.Tensor],
+    ) -> None:
         torch._fused_sgd_(
             [own.weights for own in chosen],
             gradients,
@@ -103,4 +138,5 @@ class Optimizer:
             nesterov=False,
             maximize=False,
             is_first_step=False,
+            **scaling,
         )

@@ -32,6 +32,7 @@ from picotron.runtime.optimizer import (
     MOMENT_NAMES,
     Optimizer,
     Range,
+    Verdict,
     clip_coefficient,
     learning_rate,
 )
@@ -211,14 +212,15 @@ class Parameters:
             total.addcmul_(norm, norm)
             del norm
 
-    def update(self, step: int, norm: float) -> None:
-        """The optimizer's step ``step``, after clipping gradients whose norm over the world is ``norm``."""
+    def update(self, step: int, clipping: float | Verdict) -> None:
+        """The optimizer's step ``step``, after clipping by the norm over the world, or by its verdict."""
         work = self.plan.workload
-        coefficient = clip_coefficient(norm, work.max_grad_norm)
-        if coefficient < 1.0:
-            for own in self.buckets.values():
+        decided = clipping if isinstance(clipping, Verdict) else None
+        if not isinstance(clipping, Verdict):
+            coefficient = clip_coefficient(clipping, work.max_grad_norm)
+            for own in self.buckets.values() if coefficient < 1.0 else ():
                 own.kept_gradients.mul_(coefficient)
-        self.optimizer.update(learning_rate(work, step))
+        self.optimizer.update(learning_rate(work, step), decided)
         for own in self.buckets.values():
             if own.main is not own.kept_weights:
                 own.kept_weights.copy_(own.main)

@@ -29,15 +29,15 @@ from picotron.planner.program import COMPUTE, COPIES, RECEIVES, SENDS, Kind, Row
 from picotron.planner.sharding import PARAMETERS
 from picotron.planner.timeline import STREAMS
 from picotron.planner.topology import Coordinate, coordinate, rank_of
-from picotron.runtime.backend import Backend, Handle
+from picotron.runtime.backend import Backend, Handle, Mark
 from picotron.runtime.buckets import BucketBuffers
 from picotron.runtime.communicator import Communicator
-from picotron.runtime.data import DeviceTokens, HostBatch
+from picotron.runtime.data import Feed, HostBatch
 from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.kernels import rotary_tables, statistics_dtype
 from picotron.runtime.layout import WeightSource, initial_weights
 from picotron.runtime.memory import MemoryTracker, storage_bytes
-from picotron.runtime.optimizer import learning_rate
+from picotron.runtime.optimizer import learning_rate, verdict
 from picotron.runtime.parameters import Parameters
 from picotron.runtime.segments import Context, SegmentRunner
 from picotron.runtime.sharded import StageGathers, UnitGathers, open_units, whole_gradients, whole_weights
@@ -47,6 +47,8 @@ from picotron.runtime.topology import open_groups
 _EXCHANGES = (Kind.REDUCE, Kind.REDUCE_SCATTER, Kind.ALL_GATHER)
 _POSTED = (*SENDS, *RECEIVES, *COPIES, *_EXCHANGES, Kind.UNSHARD)  # rows that end at their WAIT
 Entry = tuple[int, int, int, int, float, float]  # rank, row, operation, stream, start, end
+Span = tuple[Mark, Mark]
+Noted = tuple[int, int, int, int, Mark, Mark]  # the same, as the clock told it
 Passed = tuple[bool, int, int]  # whether forward, stage and microbatch of what passes between stages
 
 
@@ -94,13 +96,14 @@ class _Walk:
     """What one step holds while it runs."""
 
     batches: Sequence[HostBatch]
+    feed: Feed
     tracker: MemoryTracker | None
-    started: float
+    started: Mark
     inputs: dict[Passed, torch.Tensor]  # received or handed over, by the stage that takes it
     outputs: dict[Passed, torch.Tensor]  # to be sent, by the stage that made it
     posted: dict[int, _Posted]
     gathers: dict[int, UnitGathers | StageGathers]  # by stage
-    entries: list[Entry]
+    entries: list[Noted]
     memory: list[tuple[int, int, int, int]]
     skipped: bool = False
 
@@ -141,6 +144,7 @@ class Session:
         self.row_names = tuple(map(str, self.rows))
         self.anchored = anchored(self.rows)
         self.communicator = Communicator(backend, open_groups(plan, backend))
+        backend.open_channels(self._channels())
         self.positions = plan.token_positions(self.where.cp)
         self.parameters = Parameters(plan, self.where, backend.device, weights or initial_weights(plan))
         self.statistics = torch.zeros(3, dtype=torch.float64, device=backend.device)
@@ -155,6 +159,8 @@ class Session:
             stage: Stage(plan, stage, self.where.tp, self.context, modules)
             for stage in plan.rank_stages(self.where.pp)
         }
+        # on clipping and skipping: the host then reads last
+        self.decides_on_device = backend.device.type != "cpu"
         self.num_steps = 0
         self.skipped_in_a_row = 0
 
@@ -194,6 +200,16 @@ class Session:
                 bucket = self.parameters.buckets[stage, filling.index]
                 found.setdefault((stage, filling.first), []).append(bucket)
         return found
+
+    def _channels(self) -> list[tuple[int, int, str]]:
+        """Sender, receiver and name of the channels that this rank's messages take, in ascending order."""
+        found = set()
+        for row in self.rows:
+            if row.kind in SENDS or row.kind in RECEIVES:
+                ends = self.backend.rank, rank_of(self.plan.topology, self._neighbour(row.peer))
+                sender, receiver = ends if row.kind in SENDS else ends[::-1]
+                found.add((sender, receiver, channel_name(row, self.where.pp)))
+        return sorted(found)
 
     def _open_context(self) -> Context:
         plan, model, device = self.plan, self.plan.model, self.backend.device
@@ -238,34 +254,45 @@ class Session:
         if measure_memory:
             tracker = MemoryTracker(itertools.chain(*standing.values(), self.parameters.elastic()))
         batches = [batch.at(self.positions) for batch in batches]
-        walk = _Walk(batches, tracker, self.backend.mark(), {}, {}, {}, {}, [], [])
+        feed = Feed(batches, self.backend.device)
+        walk = _Walk(batches, feed, tracker, self.backend.mark(), {}, {}, {}, {}, [], [])
         cpu_before = self.backend.cpu_seconds()
         self.communicator.payload_bytes = {}
         self.communicator.measuring = measure_memory
         self.statistics.zero_()
         self.parameters.zero_gradients()
         with torch.no_grad(), tracker or nullcontext():
-            for index, row in enumerate(self.rows):
-                self._run(walk, index, row)
+            self._run_rows(walk)
+        if self.decides_on_device:
+            self._read_norm(walk)
         loss_sum, num_valid = self.statistics[1:].tolist()
+        grad_norm = math.sqrt(float(self.statistics[0]))
+        entries, seconds = self._read_clock(walk)
         result = StepResult(
             step=self.num_steps,
             loss=loss_sum / num_valid,
-            grad_norm=math.sqrt(float(self.statistics[0])),
+            grad_norm=grad_norm,
             num_tokens=int(num_valid),
-            seconds=self.backend.mark() - walk.started,
+            seconds=seconds,
             cpu_seconds=self.backend.cpu_seconds() - cpu_before,
             learning_rate=learning_rate(self.plan.workload, self.num_steps),
             payload_bytes=tuple(
                 sorted((*key, size) for key, size in self.communicator.payload_bytes.items())
             ),
-            entries=tuple(walk.entries),
+            entries=entries,
             memory=_memory_timeline(self.backend.rank, walk.memory, standing) if tracker else None,
             skipped=walk.skipped,
         )
         self.num_steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if walk.skipped else 0
         return result
+
+    def _read_clock(self, walk: _Walk) -> tuple[tuple[Entry, ...], float]:
+        """What was noted, and the whole step, in seconds since the step began."""
+        marks = [self.backend.mark(), *itertools.chain(*(entry[4:] for entry in walk.entries))]
+        whole, *seconds = self.backend.seconds_since(walk.started, marks)
+        spans = zip(seconds[::2], seconds[1::2], strict=True)
+        return tuple((*entry[:4], *span) for entry, span in zip(walk.entries, spans, strict=True)), whole
 
     def _check_batches(self, batches: Sequence[HostBatch]) -> None:
         """Raise ExecutionError unless they are the microbatches that the plan runs."""
@@ -277,6 +304,11 @@ class Session:
                 rank=self.backend.rank,
             )
 
+    def _run_rows(self, walk: _Walk) -> None:
+        """All of them, in order."""
+        for index, row in enumerate(self.rows):
+            self._run(walk, index, row)
+
     def _run(self, walk: _Walk, index: int, row: Row) -> None:
         """One row; what it did is recorded."""
         if row.anchor_row >= 0:
@@ -287,7 +319,7 @@ class Session:
     def _do(self, walk: _Walk, index: int, row: Row) -> None:
         """Act on a row and record when."""
         self.backend.at(self.num_steps, index, self.row_names[index])
-        started = self._now(walk)
+        started = self.backend.mark()
         try:
             span = self._act(walk, index, row)
         except ExecutionError as error:
@@ -297,10 +329,10 @@ class Session:
                 ) from error
             raise
         if row.kind not in _POSTED:
-            began, ended = span or (started, self._now(walk))
+            began, ended = span or (started, self.backend.mark())
             walk.entries.append((self.backend.rank, index, -1, 0, began, ended))
 
-    def _act(self, walk: _Walk, index: int, row: Row) -> tuple[float, float] | None:
+    def _act(self, walk: _Walk, index: int, row: Row) -> Span | None:
         """Do what a row says; returns when that was, where it is a collective and the backend tells."""
         if row.kind is Kind.FORWARD:
             self._forward(walk, index, row)
@@ -330,12 +362,13 @@ class Session:
         return None
 
     def _forward(self, walk: _Walk, index: int, row: Row) -> None:
-        tokens = DeviceTokens(walk.batches[row.microbatch], self.backend.device)
+        tokens = walk.feed.tokens(row.microbatch)
         passed = True, row.stage, row.microbatch
         y = self.stages[row.stage].forward(
             row.microbatch, tokens, walk.inputs.pop(passed, None), partial(self._around, walk, index, row)
         )
         self._pass_on(walk, passed, y)
+        walk.feed.pin_after(row.microbatch)
 
     def _backward(self, walk: _Walk, index: int, row: Row) -> None:
         passed = False, row.stage, row.microbatch
@@ -413,7 +446,7 @@ class Session:
     ) -> None:
         """Keep what was posted until its WAIT, which also tells when it was known to have ended."""
         walk.posted[index] = _Posted(handle, len(walk.entries), tensor, kept)
-        now = self._now(walk)
+        now = self.backend.mark()
         walk.entries.append((self.backend.rank, index, -1, STREAMS.index(stream), now, now))
 
     def _neighbour(self, pp: int) -> Coordinate:
@@ -423,10 +456,8 @@ class Session:
         posted = walk.posted.pop(row.target)
         posted.handle.wait()
         entry = walk.entries[posted.entry]
-        walk.entries[posted.entry] = (
-            *entry[:4],
-            *(self._span(walk, posted.handle) or (entry[4], self._now(walk))),
-        )
+        span = posted.handle.span or (entry[4], self.backend.mark())
+        walk.entries[posted.entry] = (*entry[:4], *span)
         if posted.kept is not None and posted.tensor is not None:
             posted.kept.copy_(posted.tensor)
         target = self.rows[row.target]
@@ -508,24 +539,20 @@ class Session:
         if isinstance(gathers, StageGathers):
             gathers.release()
 
-    def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> tuple[float, float] | None:
+    def _meet(self, walk: _Walk, row: Row, tensor: torch.Tensor) -> Span | None:
         """Sum ``tensor`` over the row's group; when that was, if the backend tells."""
         if not row.bytes:
             return None
         handle = self.communicator.start_all_reduce(tensor, self.program.groups[row.group], row.bytes)
         handle.wait()
-        return self._span(walk, handle)
+        return handle.span
 
-    def _span(self, walk: _Walk, handle: Handle) -> tuple[float, float] | None:
-        span = handle.span
-        return None if span is None else (span[0] - walk.started, span[1] - walk.started)
-
-    def _count(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
+    def _count(self, walk: _Walk, row: Row) -> Span | None:
         count = self.statistics[2:]
         count.fill_(sum(batch.num_valid for batch in walk.batches))
         return self._meet(walk, row, count)
 
-    def _norm(self, walk: _Walk, row: Row) -> tuple[float, float] | None:
+    def _norm(self, walk: _Walk, row: Row) -> Span | None:
         """Squared norm, loss and token count, each counted by one rank for all, summed over the world."""
         where, last = self.where, self.plan.num_stages - 1 in self.stages
         self.parameters.add_square_norm(self.statistics[0])
@@ -534,6 +561,12 @@ class Session:
         elif where.dp or where.cp:
             self.statistics[2:].zero_()
         span = self._meet(walk, row, self.statistics)
+        if not self.decides_on_device:
+            self._read_norm(walk)
+        return span
+
+    def _read_norm(self, walk: _Walk) -> None:
+        """Know, on the host, whether the step is skipped; raise for one that ends the run."""
         values = self.statistics.tolist()
         if not values[2]:
             raise ExecutionError(
@@ -542,7 +575,6 @@ class Session:
         walk.skipped = not all(math.isfinite(value) for value in values)
         if walk.skipped and self.skipped_in_a_row == self.plan.workload.max_skipped_steps:
             raise self._too_many_skipped(values[1] / values[2], values[0])
-        return span
 
     def _too_many_skipped(self, loss: float, square_norm: float) -> LossError:
         """What ends the run: one more step without a finite loss or gradient norm."""
@@ -559,13 +591,14 @@ class Session:
 
     def _update(self, walk: _Walk) -> None:
         """The optimizer's step; of a step that is skipped, nothing."""
-        if walk.skipped:
+        if self.decides_on_device:
+            clipping = verdict(self.statistics, self.plan.workload.max_grad_norm)
+            self.parameters.update(self.num_steps, clipping)
+        elif walk.skipped:
             return
-        self.parameters.update(self.num_steps, math.sqrt(float(self.statistics[0])))
+        else:
+            self.parameters.update(self.num_steps, math.sqrt(float(self.statistics[0])))
         self.backend.spend(sum(stage.costs.update_seconds for stage in self.stages.values()))
-
-    def _now(self, walk: _Walk) -> float:
-        return self.backend.mark() - walk.started
 
 
 def channel_name(row: Row, rank: int) -> str:

@@ -19,6 +19,7 @@ from picotron.planner.simulate import check_place
 from picotron.planner.timeline import Timeline, make_timeline
 from picotron.planner.validators import is_positive
 from picotron.runtime.backend import Backend
+from picotron.runtime.compiled import missing_compiler
 from picotron.runtime.data import Dataset, byte_text, step_batches
 from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import Session, StepResult
@@ -37,7 +38,8 @@ class Measurement:
 
     ``seconds`` of a step are those of the rank that took longest.
     ``clock`` says what ``seconds`` and ``timeline`` count: "virtual" (the plan's own seconds, which must be
-    the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own) or "host".
+    the predicted ones), "virtual cpu" (CPU seconds of each rank, as if it had a core of its own), "host", or
+    "device" (a GPU's own, from the events that it passed).
     ``payload_bytes_by_rank`` and ``memory`` have the types that the prediction has; ``rows_by_rank`` are the
     rows each rank executed, in order. ``skipped`` are the steps that changed nothing, as their loss or
     gradient norm was not finite. The CPU seconds are of a typical step: the median of those that were
@@ -72,6 +74,8 @@ def unsupported(plan: TrainingPlan, backend: str = "simulated") -> tuple[str, ..
         found.append(f"activation {model.activation} in {model.family} (runnable: {activation})")
     if model.rope_scaling is not None and model.rope_scaling.kind not in RUNNABLE_SCALINGS:
         found.append(f"rope scaling {model.rope_scaling.kind} (runnable: {', '.join(RUNNABLE_SCALINGS)})")
+    if plan.compile and (lacking := missing_compiler("cuda" if backend == "nccl" else "cpu")):
+        found.append(f"compile=True without {lacking} (runnable: compile=False)")
     if backend not in ("simulated", "gloo", "nccl"):
         found.append(f"the backend {backend} (runnable: simulated, gloo, nccl)")
     return tuple(found)

@@ -20,6 +20,9 @@ from picotron.errors import ExecutionError
 from picotron.planner.clock import Operation as Timed
 from picotron.planner.clock import advance
 from picotron.planner.waits import Wait, WaitGraph
+from picotron.runtime.device import RandomState, make_current, random_state, set_random_state
+
+CPU = torch.device("cpu")
 
 
 class Aborted(BaseException):
@@ -61,7 +64,7 @@ class Task:
     gone: str = ""  # why it does not come any more: it has returned, failed or was killed
     started_cpu_seconds: float = 0.0
     seen_cpu_seconds: float = 0.0  # thread CPU time up to which the clock has counted
-    random_state: torch.Tensor = field(factory=torch.get_rng_state)
+    random_state: RandomState = ()
 
 
 @define(eq=False, kw_only=True)
@@ -104,10 +107,20 @@ class Scheduler:
     Every method but ``start``, ``enter`` and ``stop`` is called by the rank that holds the baton.
     """
 
-    def __init__(self, world_size: int, seed: int, *, cpu_clock: bool = False, preempt: float = 0.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        seed: int,
+        *,
+        cpu_clock: bool = False,
+        preempt: float = 0.0,
+        device: torch.device = CPU,
+    ) -> None:
         if world_size < 1:
             raise ExecutionError(f"world_size must be at least 1, got {world_size}")
-        self.tasks = tuple(Task(rank) for rank in range(world_size))
+        state = random_state(device)
+        self.tasks = tuple(Task(rank, random_state=state) for rank in range(world_size))
+        self._device = device
         self.streams: dict[Hashable, float] = dict.fromkeys(range(world_size), 0.0)
         self.failure: BaseException | None = None
         self.unmatched: Callable[[], list[str]] = list  # what a report of a deadlock adds
@@ -131,7 +144,8 @@ class Scheduler:
         task.turn.acquire()
         torch.set_num_threads(1)
         torch.autograd.set_multithreading_enabled(False)  # on CUDA a shared thread would wait for the baton
-        torch.set_rng_state(task.random_state)
+        make_current(self._device)
+        set_random_state(self._device, task.random_state)
         task.started_cpu_seconds = task.seen_cpu_seconds = time.thread_time()
 
     def leave(self, task: Task, why: str) -> None:
@@ -222,10 +236,10 @@ class Scheduler:
             return
         assert following is not None, "a waiting rank is always woken"
         self.num_hand_overs += 1
-        task.random_state = torch.get_rng_state()
+        task.random_state = random_state(self._device)
         following.turn.release()
         task.turn.acquire()
-        torch.set_rng_state(task.random_state)
+        set_random_state(self._device, task.random_state)
 
     def _next(self) -> Task | None:
         """Who runs next; None if every rank has ended."""

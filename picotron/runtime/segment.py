@@ -24,6 +24,7 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
 from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
+from picotron.runtime.compiled import CompiledRmsNorm
 from picotron.runtime.heads import HeadsAttention
 from picotron.runtime.kernels import (
     Attention,
@@ -137,10 +138,14 @@ class SegmentRunner(ABC):
         norms = [".".join(p.name.split(".")[-2:]) for p in segment.parameters if p.role == "norm"]
         self.norm = self._make_norm(norms) if norms else None
 
+    def _rms_norm(self, name: str) -> RmsNorm:
+        kind = CompiledRmsNorm if self.dims.compiled else RmsNorm
+        return kind(self.w[name], self.d[name], self.context.model.norm_eps)
+
     def _make_norm(self, names: list[str]) -> Norm:
         eps = self.context.model.norm_eps
         if len(names) == 1:
-            return RmsNorm(self.w[names[0]], self.d[names[0]], eps)
+            return self._rms_norm(names[0])
         weight, bias = sorted(names, reverse=True)
         return LayerNorm(self.w[weight], self.d[weight], self.w[bias], self.d[bias], eps)
 

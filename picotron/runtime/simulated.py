@@ -20,8 +20,13 @@ Semantics:
 
 The clock is virtual. On a ``planned`` clock a rank's computing takes what it is told to ``spend``; on a
 ``cpu`` clock its own thread's CPU time, as if it had a core of its own. Communication takes what
-``World.price`` says, on streams of its own. Torch's global CPU generator is rank-local: each rank starts from
-a copy of the caller's, which is left as it was; other libraries' generators are shared.
+``World.price`` says, on streams of its own. Torch's global generators (the CPU's and the device's) are
+rank-local: each rank starts from a copy of the caller's, which is left as it was. Those of other libraries
+are shared.
+
+With ``device="cuda"`` all ranks share one GPU and its default stream. They put work on it one at a time, in
+the order in which they hold the baton, so what a rank posts stands before what another does with it, and no
+rank waits for the device. A rank that communicates from a stream of its own is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from picotron.errors import ExecutionError, PlanError
 from picotron.planner.faults import Fault, check_faults
 from picotron.planner.validators import is_positive, shown
 from picotron.runtime.backend import Backend
+from picotron.runtime.device import random_state, set_random_state
 from picotron.runtime.injection import Killed, injection
 from picotron.runtime.ledger import Ledger
 from picotron.runtime.memory import MemoryTracker
@@ -78,12 +84,18 @@ def simulation(
         raise PlanError(f"world_size must be a whole number, got {shown(world_size)}")
     if timeout_seconds is not None and not is_positive(timeout_seconds):
         raise PlanError(f"timeout_seconds must be None or a positive number, got {shown(timeout_seconds)}")
-    scheduler = Scheduler(world_size, world.seed, cpu_clock=world.clock == "cpu", preempt=world.preempt)
+    scheduler = Scheduler(
+        world_size,
+        world.seed,
+        cpu_clock=world.clock == "cpu",
+        preempt=world.preempt,
+        device=world.device,
+    )
     ranks = _Ranks(function, scheduler, world, check_faults(world.faults, world_size))
     # Only this thread starts and joins ranks, so that no KeyboardInterrupt can fall in between.
     ended = threading.Event()  # waited for, since an interrupted Thread.join takes its thread for stopped
     conductor = threading.Thread(target=ranks.conduct, args=(ended,), name="picotron-conductor", daemon=True)
-    intra_op_threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    intra_op_threads, state = torch.get_num_threads(), random_state(world.device)
     try:
         conductor.start()
         if not ended.wait(timeout_seconds):
@@ -95,7 +107,7 @@ def simulation(
             ended.wait()
             conductor.join()
         torch.set_num_threads(intra_op_threads)  # what threads to come start from is one setting for all
-        torch.set_rng_state(random_state)
+        set_random_state(world.device, state)
     failure = ranks.told(scheduler.failure) if scheduler.failure is not None else ranks.leftover()
     if failure is not None:
         failure.add_note(f"simulated, world_size={world_size}: seed={world.seed} repeats this")

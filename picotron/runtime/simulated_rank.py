@@ -35,6 +35,7 @@ from picotron.runtime.backend import (
     unseen,
 )
 from picotron.runtime.collectives import Collectives
+from picotron.runtime.device import on_default_stream
 from picotron.runtime.guards import CHANGED, Guard, guard
 from picotron.runtime.injection import Injection, Killed
 from picotron.runtime.ledger import Collective, Copy, Ledger, Part, Post
@@ -131,6 +132,9 @@ class SimulatedBackend:
         self._num_groups += 1
         return Group(members, name, self._num_groups)
 
+    def open_channels(self, channels: Sequence[tuple[int, int, str]]) -> None:
+        """Nothing: a channel is a name."""
+
     def all_reduce(self, tensor: torch.Tensor, group: Group, op: str = "sum") -> Handle:
         """Replace ``tensor`` by its sum, max or avg over the group."""
         check_all_reduce(self.rank, group, tensor, op)
@@ -226,6 +230,10 @@ class SimulatedBackend:
     def mark(self) -> float:
         """Virtual seconds on this rank's clock."""
         return self.scheduler.tick(self.task)
+
+    def seconds_since(self, start: float, marks: Sequence[float]) -> list[float]:
+        """Their differences."""
+        return [mark - start for mark in marks]
 
     def spend(self, seconds: float) -> None:
         """Compute for so long, where the clock is a planned one."""
@@ -349,6 +357,12 @@ class SimulatedBackend:
         """Before anything is posted: where, and when on this rank's clock."""
         now = self.scheduler.tick(self.task)
         self._check_alive()
+        if not on_default_stream(self.device):
+            raise ExecutionError(
+                "simulated ranks share the device's default stream, got a tensor posted from another: "
+                "leave the stream before communicating",
+                rank=self.rank,
+            )
         if self._place is None:
             if self._injected.pending:
                 self._reach(0, self._num_operations)

@@ -12,6 +12,7 @@ from picotron.errors import PlanError
 from picotron.planner.faults import Fault, as_script
 from picotron.planner.prices import Price
 from picotron.planner.validators import FLAG, is_count, is_positive, must_be, one_of, shown
+from picotron.runtime.device import indexed
 from picotron.runtime.messages import Semantics
 from picotron.runtime.scheduler import Event, Ran
 
@@ -32,7 +33,9 @@ def _device(value: Any) -> torch.device:
         raise PlanError(f"device must be cpu or cuda, got {shown(value)}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise PlanError(f"device must be cpu, or cuda where there is a GPU, got {value}")
-    return device
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device must be one of this machine's {torch.cuda.device_count()} GPUs, got {value}")
+    return indexed(device)
 
 
 @frozen(kw_only=True)
@@ -42,8 +45,9 @@ class World:
     ``seed`` draws who goes next, and whether (with chance ``preempt``) a rank that posts an operation lets
     another one go first. ``price`` gives seconds of communication (None: it is free). ``patience_seconds`` is
     how long, on the virtual clock, a rank waits for an operation before it gives up, like a time-out.
-    ``memory_bytes`` is what each device holds: a rank whose live tensors exceed it gets the error that a real
-    device raises. ``keep_events`` writes down every post, wait and end.
+    ``memory_bytes`` is what each rank's device holds: a rank whose live tensors exceed it gets the error that
+    a real device raises. ``device`` is where the tensors of all ranks live: the CPU, or one GPU that they
+    share. ``keep_events`` writes down every post, wait and end.
     """
 
     seed: int = field(default=0, validator=must_be("an integer", lambda value: isinstance(value, int)))

@@ -246,3 +246,43 @@ def test_an_optimizer_keeps_two_moments_and_a_count() -> None:
     count, *moments = state("adamw")
     assert count == () and sum(size for (size,) in moments) == 2 * made.model.num_parameters
     assert state("sgd") == []
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp64", "sgd"), ("bf16", "adamw")])
+def test_a_device_decides_as_the_host_does(precision: str, optimizer: str) -> None:
+    """Steps that are clipped, not clipped and skipped, of which the host reads only at the end."""
+    work = tiny_workload(
+        precision=precision, optimizer=optimizer, max_grad_norm=2.0, max_skipped_steps=1, learning_rate=0.1
+    )
+    made = tiny_plan(tiny_model("llama"), work, pp=2)
+    data = random_samples(67, 8)
+
+    def train(backend: Backend, on_device: bool) -> list[tuple[StepResult, dict[str, torch.Tensor]]]:
+        session, found = Session(made, backend, random_weights), []
+        session.decides_on_device = on_device
+        for step in range(4):
+            if step == 2:
+                kept = next(iter(session.weights.values())).clone()
+                next(iter(session.weights.values())).fill_(torch.nan)
+            batches = step_batches(made, data, consumed=8 * step, dp_index=0)
+            result = session.step(batches)
+            if step == 2:
+                next(iter(session.weights.values())).copy_(kept)
+            found.append((result, {name: weight.clone() for name, weight in session.weights.items()}))
+        return found
+
+    host, device = (
+        simulate(lambda backend, on_device=flag: train(backend, on_device), 2)  # type: ignore[misc]
+        for flag in (False, True)
+    )
+    rounding = 1e-6 if precision == "fp64" else 1e-2  # to fused kernels a scale is fp32
+    norms = [result.grad_norm for result, _ in host[0]]
+    assert min(norms) < work.max_grad_norm < max(norms), norms
+    for ours, theirs in zip(device, host, strict=True):
+        assert [result.skipped for result, _ in ours] == [False, False, True, False]
+        for (result, weights), (wanted, expected) in zip(ours, theirs, strict=True):
+            assert result.skipped == wanted.skipped
+            if not wanted.skipped:
+                assert result.loss == pytest.approx(wanted.loss, rel=rounding)
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, expected[name], rtol=rounding, atol=rounding)
