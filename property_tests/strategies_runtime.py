@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, TypeVar, get_args
 
@@ -93,6 +94,12 @@ def by_layer(values: st.SearchStrategy[T], num_layers: int) -> st.SearchStrategy
     return st.tuples(*[values] * num_layers)
 
 
+def overlaps(tp: int, sequence_parallel: bool, tokens: int) -> Sequence[str]:
+    """What tensor-parallel ranks that share ``tokens`` can compute while they communicate."""
+    chunks = sequence_parallel and tokens // tp % 2 == 0
+    return [way for way in get_args(TensorOverlap) if chunks or way != "chunked"] if tp > 1 else ["none"]
+
+
 @st.composite
 def trainings(
     draw: st.DrawFn,
@@ -149,7 +156,9 @@ def trainings(
         bucket_bytes=draw(st.sampled_from([DEFAULT_BUCKET_BYTES, 10_000, 1])),
         order=draw(st.sampled_from(ORDERS)),
         loss_chunks=min(draw(st.sampled_from([1, 1, 2, 3])), micro_batch * work.seq_len // cp),
-        tensor_overlap=draw(st.sampled_from(get_args(TensorOverlap))) if tp > 1 else "none",
+        tensor_overlap=draw(
+            st.sampled_from(overlaps(tp, sequence_parallel, micro_batch * work.seq_len // cp))
+        ),
     )
     ragged = work.global_batch >= 4 and draw(st.booleans())  # fewer might all be without a label
     return Training(plan=made, ragged=ragged, seed=draw(st.integers(0, 2)))

@@ -59,7 +59,8 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "loss_chunks": (_INTEGER, "parts of a microbatch's tokens whose logits are made at a time (default 1)"),
     "tensor_overlap": (
         {"choices": get_args(TensorOverlap)},
-        "what computes while a product's input gradient is summed over tp (default none)",
+        "what multiplies while tp ranks communicate: weights' gradients while an input's is summed; chunked: "
+        "that, and a chunk of tokens while the next is gathered (default none)",
     ),
     "compile": (
         {"action": argparse.BooleanOptionalAction},

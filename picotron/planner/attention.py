@@ -18,6 +18,7 @@ from picotron.planner.products import (
     input_backward,
     output_backward,
     output_projection,
+    projections,
 )
 from picotron.planner.ring import ring_backward, ring_forward
 from picotron.planner.topology import Topology
@@ -31,10 +32,9 @@ def _widths(d: Dims) -> tuple[int, int, int]:
 def attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Attention, forward."""
     d = ops.d
-    source = ops.gathered("gather attention input", ops.norm(model))
-    for name, tensor, width in zip("qkv", _projected(ops, model), _widths(d), strict=True):
-        frees = [source] if name == "v" else []
-        ops.matmul(f"{name}_proj", d.tokens, d.hidden, width, creates=[tensor], frees=frees)
+    names = ("q_proj", "k_proj", "v_proj")
+    products = [*zip(names, _widths(d), _projected(ops, model), strict=True)]
+    projections(ops, model, "attention", products)
     if model.qk_norm:
         for name, heads in (("q", d.heads), ("k", d.kv_heads)):
             made = _head_norm_tensors(ops, name, heads)
@@ -136,10 +136,9 @@ def _before_core(ops: Operations, model: ModelSpec, gradients: Sequence[Tensor])
 def fused_attention_forward(ops: Operations, model: ModelSpec, topology: Topology) -> None:
     """Fused attention, forward."""
     d = ops.d
-    source = ops.gathered("gather attention input", ops.norm(model))
     width = d.heads * d.head_dim
     qkv = ops.saved("qkv", d.tokens * 3 * width)
-    ops.matmul("c_attn", d.tokens, d.hidden, 3 * width, creates=[qkv], frees=[source])
+    projections(ops, model, "attention", [("c_attn", 3 * width, qkv)])
     context = ops.saved("context", d.tokens * width)
     attend(ops, Core(inputs=[qkv], context=context, v_dim=d.head_dim))
     output_projection(ops, width)

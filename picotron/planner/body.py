@@ -24,9 +24,13 @@ from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec
 from picotron.planner.topology import Topology
 
-TensorOverlap = Literal[
-    "none", "weight_gradient"
-]  # what computes while an input's gradient is summed over tp
+TensorOverlap = Literal["none", "weight_gradient", "chunked"]
+"""What multiplies while tensor-parallel ranks communicate.
+
+weight_gradient: weights' gradients, while the input's is summed. chunked: that, and in forward the products
+of one chunk of the input while the next one is gathered.
+"""
+GATHER_CHUNKS = (4, 2)  # of a rank's tokens; the first that divides them
 Category = Literal[
     "parameters", "gradients", "optimizer", "constants", "data", "activations", "workspace", "buffers"
 ]
@@ -162,6 +166,13 @@ class Dims:
     def local_tokens(self) -> int:
         """Tokens in the tensors between segments."""
         return self.tokens // self.tp if self.sequence_parallel else self.tokens
+
+    @property
+    def gather_chunks(self) -> int:
+        """In how many chunks of tokens forward gathers the input of a block."""
+        if self.tensor_overlap != "chunked":
+            return 1
+        return next(chunks for chunks in GATHER_CHUNKS if self.local_tokens % chunks == 0)
 
     @property
     def full_bytes(self) -> int:

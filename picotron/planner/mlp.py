@@ -14,6 +14,7 @@ from picotron.planner.products import (
     biased_input_backward,
     input_backward,
     output_backward,
+    projections,
 )
 from picotron.planner.topology import Topology
 
@@ -22,9 +23,8 @@ def gated_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     """Gated mlp, forward."""
     d = ops.d
     size = d.tokens * d.intermediate
-    source = ops.gathered("gather mlp input", ops.norm(model))
-    ops.matmul("gate", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("gate", size)])
-    ops.matmul("up", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("up", size)], frees=[source])
+    made = [(name, d.intermediate, ops.saved(name, size)) for name in ("gate", "up")]
+    projections(ops, model, "mlp", made)
     y, product = ops.x(1), ops.tensor("product", size)
     full = ops.partial_sum(y)
     passes, kernels = (3, 1) if d.compiled else (5, 2)
@@ -68,8 +68,7 @@ def plain_mlp_forward(ops: Operations, model: ModelSpec, topology: Topology) -> 
     """Plain mlp, forward."""
     d = ops.d
     size = d.tokens * d.intermediate
-    source = ops.gathered("gather mlp input", ops.norm(model))
-    ops.matmul("fc", d.tokens, d.hidden, d.intermediate, creates=[ops.saved("fc", size)], frees=[source])
+    projections(ops, model, "mlp", [("fc", d.intermediate, ops.saved("fc", size))])
     y, active = ops.x(1), ops.tensor("active", size)
     full = ops.partial_sum(y)
     ops.kernel("gelu", size, creates=[active])

@@ -142,6 +142,13 @@ class Operations:
         self.collective("all_gather", name, full.bytes, creates=[full], frees=frees, reads=reads)
         return full
 
+    def gathered_chunk(self, name: str, *, asynchronous: bool) -> Tensor:
+        """A chunk of the tokens of all ranks; ``asynchronous``: under way until ``wait``."""
+        chunk = self.tensor(name, self.d.tokens // self.d.gather_chunks * self.d.hidden)
+        self.collective("all_gather", name, chunk.bytes, creates=[chunk])
+        self.operations[-1] = evolve(self.operations[-1], asynchronous=asynchronous)
+        return chunk
+
     def reduced(self, name: str, full: Tensor, local: Tensor) -> None:
         """Sum ``full`` over tp into ``local`` (the same tensor without sequence parallelism)."""
         if self.d.sequence_parallel:

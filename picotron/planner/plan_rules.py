@@ -8,6 +8,7 @@ PlanError with the rule, the value and a remedy.
 from __future__ import annotations
 
 from picotron.errors import PlanError
+from picotron.planner.body import GATHER_CHUNKS, Dims
 from picotron.planner.cluster import ClusterSpec
 from picotron.planner.model import ModelSpec
 from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
@@ -184,6 +185,31 @@ def check_reshard(zero_stage: int, reshard: object, model: ModelSpec) -> None:
         )
     if reshard == "stage" and model.experts is not None:
         raise PlanError("reshard=stage needs a model without experts, got one with; leave reshard out")
+
+
+def check_tensor_overlap(model: ModelSpec, d: Dims) -> None:
+    """Raise PlanError unless tensor-parallel ranks of sizes ``d`` can compute while they communicate so."""
+    way = d.tensor_overlap
+    if way != "none" and d.tp == 1:
+        raise PlanError(f"tensor_overlap={way} needs tp > 1, got tp=1; leave it out")
+    if way != "chunked":
+        return
+    if model.experts is not None or model.latent_attention is not None:
+        raise PlanError(
+            "tensor_overlap=chunked is for layers without experts or latent attention, "
+            f"got {model.name}; take weight_gradient"
+        )
+    if not d.sequence_parallel:
+        raise PlanError(
+            "tensor_overlap=chunked needs sequence_parallel=True, as nothing is gathered without it, "
+            "got False; take weight_gradient"
+        )
+    if all(d.local_tokens % chunks for chunks in GATHER_CHUNKS):
+        raise PlanError(
+            f"tensor_overlap=chunked needs {min(GATHER_CHUNKS)} to divide the tokens of a microbatch on a "
+            f"tensor-parallel rank, got {d.local_tokens}; change micro_batch or seq_len, "
+            "or take weight_gradient"
+        )
 
 
 def _degree_remedy(num_devices: int, topology: Topology) -> str:

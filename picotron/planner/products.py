@@ -8,6 +8,38 @@ from picotron.planner.body import Tensor
 from picotron.planner.model import ModelSpec
 from picotron.planner.operations import Operations
 
+Projection = tuple[str, int, Tensor]  # name, columns, what it makes
+
+
+def projections(ops: Operations, model: ModelSpec, name: str, made: Sequence[Projection]) -> None:
+    """Norm, gather and multiply: column-parallel products of the normed input."""
+    d, normed, gather = ops.d, ops.norm(model), f"gather {name} input"
+    if d.tensor_overlap == "chunked":
+        _projections_in_chunks(ops, normed, gather, made)
+        return
+    source = ops.gathered(gather, normed)
+    for what, width, tensor in made:
+        frees = [source] if tensor is made[-1][-1] else []
+        ops.matmul(what, d.tokens, d.hidden, width, creates=[tensor], frees=frees)
+
+
+def _projections_in_chunks(ops: Operations, normed: Tensor, gather: str, made: Sequence[Projection]) -> None:
+    """The products of each chunk of tokens, in the rows of each rank's, while the next chunk is gathered."""
+    d = ops.d
+    rows, last = d.local_tokens // d.gather_chunks, d.gather_chunks - 1
+    chunk = ops.gathered_chunk(f"{gather} 0", asynchronous=False)
+    for index in range(d.gather_chunks):
+        following = f"{gather} {index + 1}"
+        coming = ops.gathered_chunk(following, asynchronous=True) if index < last else None
+        for what, width, tensor in made:
+            creates = [] if index else [tensor]  # the first makes room for all
+            ops.matmul(f"{what} {index}", rows, d.hidden, width, batch=d.tp, creates=creates)
+        if coming is None:
+            _free(ops, [chunk, normed])
+        else:
+            ops.wait(following, group="tp", frees=[chunk])
+            chunk = coming
+
 
 def output_projection(ops: Operations, width: int, *, biased: bool = True) -> None:
     """Row-parallel product into the residual stream."""

@@ -35,6 +35,7 @@ from picotron.planner.plan_rules import (
     check_shard,
     check_stage_layers,
     check_stages,
+    check_tensor_overlap,
 )
 from picotron.planner.program import Program
 from picotron.planner.recompute import Recompute, flags_by_layer, modes_by_layer
@@ -87,7 +88,9 @@ class TrainingPlan:
     at a time ("unit", if None) or for a stage, which keeps them while consecutive cells use it ("stage").
     ``recompute`` and ``offload`` have one value for each decoder layer; one value given for all is repeated.
     ``loss_chunks``: in so many parts of a microbatch's tokens logits are made and lost again.
-    ``tensor_overlap``: what computes while a product's input gradient is summed over tp.
+    ``tensor_overlap``: what multiplies while tp ranks communicate: the weights' gradients while an input's is
+    summed ("weight_gradient"); that, and the products of a chunk of tokens while the next is gathered
+    ("chunked").
     ``compile``: RMS norms, gates and the loss over a whole vocabulary are compiled into one kernel each.
     ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
     ``chosen`` says what the caller left out and by which rule it was chosen.
@@ -132,13 +135,12 @@ class TrainingPlan:
         check_stage_layers(self.stage_layers, num_stages, self.model.num_layers)
         check_context(self.context, self.model, self.topology, self.workload.seq_len)
         check_loss_chunks(self.loss_chunks, self.micro_batch * self.workload.seq_len // self.topology.cp)
-        if self.tensor_overlap != "none" and self.topology.tp == 1:
-            raise PlanError(f"tensor_overlap={self.tensor_overlap} needs tp > 1, got tp=1; leave it out")
         check_compile(self.compile, self.model)
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
             self.dims(index)
+        check_tensor_overlap(self.model, self.dims())
         peak_flops_per_second(self.cluster.device, self.format.product)
         check_actions(2 * num_stages * self.num_microbatches)
         check_schedule(self.schedule, self.topology.pp, self.virtual_stages, self.num_microbatches)

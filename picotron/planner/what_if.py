@@ -75,8 +75,8 @@ def changed(
         options["sequence_parallel"] = _sequence_parallel(base, settings["tp"])
     if "context" not in settings:
         options["context"] = _context(base, model, options, work)
-    if "tensor_overlap" not in settings and options["tp"] == 1:
-        options["tensor_overlap"] = "none"
+    if "tensor_overlap" not in settings:
+        options["tensor_overlap"] = _tensor_overlap(base, options)
     for name in ("recompute", "offload"):
         values = getattr(base, name)
         if name not in settings and model.num_layers != base.model.num_layers:
@@ -106,6 +106,15 @@ def _devices_differ(base: TrainingPlan, machine: ClusterSpec, settings: Mapping[
     return machine.num_devices != base.cluster.num_devices or any(
         axis in settings for axis in ("pp", "cp", "tp")
     )
+
+
+def _tensor_overlap(base: TrainingPlan, options: Mapping[str, Any]) -> str:
+    """The base's, but what is left of it where nothing is communicated, or nothing gathered."""
+    if options["tp"] == 1:
+        return "none"
+    if base.tensor_overlap == "chunked" and options["sequence_parallel"] is False:
+        return "weight_gradient"
+    return base.tensor_overlap
 
 
 def _sequence_parallel(base: TrainingPlan, tp: int) -> bool | None:

@@ -6,6 +6,7 @@ What one product has made, queries, keys and values side by side in one tensor, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -49,9 +50,7 @@ class SplitAttention(AttentionSegment):
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
         saved: Saved = {}
-        source = self._normed(x, saved)
-        outputs = dict(zip("qkv", self.qkv.outputs(source), strict=True))
-        del source
+        outputs = dict(zip("qkv", self.qkv.outputs(partial(self._input_products, x, saved)), strict=True))
         parts = {name: self._by_head(outputs.pop(name), count) for name, count in self.heads.items()}
         for name, norm in self.head_norms.items():
             raw = parts[name]
@@ -111,9 +110,7 @@ class FusedAttention(AttentionSegment):
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
         saved: Saved = {}
-        source = self._normed(x, saved)
-        qkv = torch.addmm(self.w["c_attn.bias"], source, self.w["c_attn.weight"])
-        del source
+        [qkv] = self._input_products(x, saved, [self.w["c_attn.weight"].t()], [self.w["c_attn.bias"]])
         parts = self.by_head(qkv)
         del qkv
         attention = saved["attention"] = self.context.attend(parts)

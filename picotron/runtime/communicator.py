@@ -80,6 +80,11 @@ class Communicator:
         self._spend()
         return handle
 
+    def post_all_gather(self, output: torch.Tensor, input: torch.Tensor, group: str) -> Handle:
+        """As ``all_gather``, under way until ``wait``."""
+        self._expect("all_gather", group, output)
+        return self._posted(self.backend.all_gather(output, input, self._group(group)))
+
     def post_all_reduce(self, tensor: torch.Tensor, group: str) -> Handle:
         """As ``all_reduce`` of a sum, under way until ``wait``."""
         self._expect("all_reduce", group, tensor)

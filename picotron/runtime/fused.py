@@ -8,13 +8,15 @@ than a large one with steps between the rows of its parts. Either way the output
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from torch.nn import functional
 
 from picotron.runtime.kernels import statistics_dtype
+
+Multiply = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor | None]], list[torch.Tensor]]
+"""From weights [out, in] and biases to the products with one input."""
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -43,15 +45,16 @@ class Projections:
         self.has_bias = f"{names[0]}.bias" in weights
         self.together = weights[f"{names[0]}.weight"].device.type != "cpu"
 
-    def outputs(self, source: torch.Tensor) -> list[torch.Tensor]:
-        """Of ``source`` [T, in], what each projection makes, [T, out]."""
+    def outputs(self, multiply: Multiply) -> list[torch.Tensor]:
+        """What each projection makes, [T, out], of the input that ``multiply`` knows."""
         weights = self._each(self._weights, "weight")
         biases = self._each(self._weights, "bias") if self.has_bias else [None] * len(weights)
         weight = side_by_side(weights) if self.together else None
         if weight is None:
-            return [functional.linear(source, *pair) for pair in zip(weights, biases, strict=True)]
+            return multiply(weights, biases)
         sizes = [part.shape[0] for part in weights]
-        outputs = [*torch.split(functional.linear(source, weight), sizes, dim=1)]
+        [joined] = multiply([weight], [None])
+        outputs = [*torch.split(joined, sizes, dim=1)]
         for output, bias in zip(outputs, biases, strict=True):
             if bias is not None:
                 output.add_(bias)

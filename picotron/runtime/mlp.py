@@ -6,6 +6,7 @@ In backward the gradients of gate and up take their memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -26,9 +27,7 @@ class GatedMlp(SegmentRunner):
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
         saved: Saved = {}
-        source = self._normed(x, saved)
-        gate, up = saved["gate"], saved["up"] = self.gate_up.outputs(source)
-        del source
+        gate, up = saved["gate"], saved["up"] = self.gate_up.outputs(partial(self._input_products, x, saved))
         product = swiglu(gate, up) if self.dims.compiled else functional.silu(gate).mul_(up)
         full = torch.mm(product, self.w["down_proj.weight"].t())
         del product
@@ -83,9 +82,8 @@ class PlainMlp(SegmentRunner):
     def forward(self, x: torch.Tensor, microbatch: Tokens) -> tuple[torch.Tensor, Saved]:
         """(y, saved)."""
         saved: Saved = {}
-        source = self._normed(x, saved)
-        saved["fc"] = torch.addmm(self.w["c_fc.bias"], source, self.w["c_fc.weight"])
-        del source
+        weights, biases = [self.w["c_fc.weight"].t()], [self.w["c_fc.bias"]]
+        [saved["fc"]] = self._input_products(x, saved, weights, biases)
         active = functional.gelu(saved["fc"], approximate="tanh")
         full = torch.mm(active, self.w["c_proj.weight"])
         del active

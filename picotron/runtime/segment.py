@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import torch
 from attrs import define
+from torch.nn import functional
 
 from picotron.planner.body import Dims
 from picotron.planner.layout import even_ranges
 from picotron.planner.model import ModelSpec, Segment
+from picotron.runtime import chunked
 from picotron.runtime.backend import Handle
 from picotron.runtime.communicator import Communicator
 from picotron.runtime.compiled import CompiledRmsNorm
@@ -194,10 +196,27 @@ class SegmentRunner(ABC):
 
     def _normed(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
         """The gathered norm of x; saves x and the norm's statistics."""
+        return self.context.gather(self._local_normed(x, saved))
+
+    def _local_normed(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
         assert self.norm is not None
         normed, statistics = self.norm.forward(x)
         saved.update(x=x, statistics=statistics)
-        return self.context.gather(normed)
+        return normed
+
+    def _input_products(
+        self,
+        x: torch.Tensor,
+        saved: Saved,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        """Of the gathered norm of x, [T, out] with each of ``weights`` [out, in]; saves as ``_normed``."""
+        if self.dims.tensor_overlap == "chunked":
+            normed = self._local_normed(x, saved)
+            return chunked.products(self.context.communicator, self.dims, normed, weights, biases)
+        source = self._normed(x, saved)
+        return [functional.linear(source, *pair) for pair in zip(weights, biases, strict=True)]
 
     def _normed_again(self, saved: Saved, *, last: bool = False) -> torch.Tensor:
         """The gathered norm of x once more; ``last``: nobody needs x and its statistics after that."""

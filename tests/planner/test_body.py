@@ -23,11 +23,14 @@ from picotron.planner.body import (
     dims,
     segment_memory,
 )
+from picotron.planner.cluster import ClusterSpec
 from picotron.planner.flops import matmuls
 from picotron.planner.model import ModelSpec, segments
+from picotron.planner.plan import plan
 from picotron.planner.split_backward import split_backward
 from picotron.planner.stage import backward_body, forward_body, stage_bodies
 from picotron.planner.topology import Topology
+from picotron.planner.workload import Workload
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -103,6 +106,41 @@ def _all_bodies(config: dict[str, Any], topology: Topology, **changes: Any) -> B
     """The whole model as one stage, in every phase."""
     model = ModelSpec.from_hf(config)
     return stage_bodies(model, topology, 0, segments(model), _dims(model, topology, **changes))
+
+
+@pytest.mark.parametrize(("micro_batch", "tp", "chunks"), [(2, 2, 4), (3, 2, 2), (4, 4, 4)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_an_input_in_chunks_is_never_whole(family: str, micro_batch: int, tp: int, chunks: int) -> None:
+    """As many bytes are gathered and left, two chunks stand at a time, and backward is that of sums."""
+    asked = {"micro_batch": micro_batch, "sequence_parallel": True}
+    whole, cut = (
+        _all_bodies(FAMILIES[family], Topology(tp=tp), **asked, tensor_overlap=way)
+        for way in ("weight_gradient", "chunked")
+    )
+    assert (cut.backward, cut.backward_input) == (whole.backward, whole.backward_input)
+    assert collective_bytes(cut.forward) == collective_bytes(whole.forward)
+    full = 4 * micro_batch * 8 * 2  # tokens, columns and bytes of each
+    for one, other in zip(whole.forward.segments[1:-1], cut.forward.segments[1:-1], strict=True):
+        assert np.array_equal(segment_memory(one)[0], segment_memory(other)[0])
+        assert sum(op.flops for op in one.operations) == sum(op.flops for op in other.operations)
+        gathers = [op for op in other.collectives if op.kind == "all_gather"]
+        assert [op.payload_bytes for op in gathers] == [full // chunks] * chunks
+        assert [op.asynchronous for op in gathers] == [False] + [True] * (chunks - 1)
+        live, most = set[str](), 0
+        for op in other.operations:
+            live |= {tensor.name for tensor in op.creates if "gather" in tensor.name}
+            most = max(most, len(live))
+            live -= {tensor.name for tensor in op.frees}
+        assert most == 2
+
+
+def test_experts_are_not_gathered_in_chunks() -> None:
+    """Nor is what latent attention projects: refused before anything runs."""
+    for config in (MIXTRAL, DEEPSEEK):
+        cluster = ClusterSpec.preset("cpu", devices_per_node=2)
+        work = Workload(global_batch=4, seq_len=4)
+        with pytest.raises(PlanError, match=r"without experts or latent attention.*take weight_gradient"):
+            plan(ModelSpec.from_hf(config), cluster, work, tp=2, tensor_overlap="chunked")
 
 
 def test_local_sizes() -> None:

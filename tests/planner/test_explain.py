@@ -131,6 +131,15 @@ def test_what_must_follows(settings: dict[str, object], field: str, value: objec
     assert any(follows in sentence for sentence in sentences), sentences
 
 
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [({"tp": 8}, "chunked"), ({"sequence_parallel": False}, "weight_gradient"), ({"tp": 1}, "none")],
+)
+def test_what_is_left_of_an_overlap(settings: dict[str, object], left: str):
+    """Without sequence parallelism nothing is gathered, and without tensor parallelism nothing is summed."""
+    assert changed(made(tensor_overlap="chunked"), settings)[0].tensor_overlap == left
+
+
 def test_what_is_set_is_kept_or_refused():
     """What does not divide, an unknown name, a factor without reason: PlanError, never another value."""
     one = made()

@@ -206,6 +206,18 @@ def test_a_schedule_of_ones_own() -> None:
             "tensor_overlap=weight_gradient needs tp > 1, got tp=1; leave it out",
         ),
         (
+            2,
+            {"tp": 2, "sequence_parallel": False, "tensor_overlap": "chunked"},
+            "tensor_overlap=chunked needs sequence_parallel=True, as nothing is gathered without it, "
+            "got False; take weight_gradient",
+        ),
+        (
+            2,
+            {"tp": 2, "seq_len": 6, "tensor_overlap": "chunked"},
+            "tensor_overlap=chunked needs 2 to divide the tokens of a microbatch on a tensor-parallel rank, "
+            "got 3; change micro_batch or seq_len, or take weight_gradient",
+        ),
+        (
             1,
             {"loss_chunks": 9, "seq_len": 8},
             "loss_chunks must be at most the 8 tokens of a microbatch on a rank, got 9",

@@ -34,11 +34,13 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def _plan(*, batch: int = 4, devices: int = 1, config: dict[str, Any] = LLAMA, **asked: Any) -> TrainingPlan:
+def _plan(
+    *, batch: int = 4, seq_len: int = 4, devices: int = 1, config: dict[str, Any] = LLAMA, **asked: Any
+) -> TrainingPlan:
     return plan(
         ModelSpec.from_hf(config),
         ClusterSpec.preset("cpu", devices_per_node=devices),
-        Workload(global_batch=batch, seq_len=4, precision="fp32"),
+        Workload(global_batch=batch, seq_len=seq_len, precision="fp32"),
         **asked,
     )
 
@@ -266,3 +268,18 @@ def test_a_sum_hides_under_the_weights_products() -> None:
     assert overlapped.compute_seconds_by_rank == pytest.approx(apart.compute_seconds_by_rank)
     gained = apart.step_seconds - overlapped.step_seconds
     assert 0 < gained <= apart.exposed_communication_seconds
+
+
+def test_a_chunk_comes_while_the_one_before_is_multiplied() -> None:
+    """The same bytes as gathered whole; between the first chunk and the last product less is waited for."""
+    wide = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    whole, chunked = (
+        _plan(devices=2, config=wide, tp=2, seq_len=256, tensor_overlap=way)
+        for way in ("weight_gradient", "chunked")
+    )
+    assert predict(chunked).payload_bytes_by_rank == predict(whole).payload_bytes_by_rank
+    before, after = (stage_cost(made, 0).forward[1:5] for made in (whole, chunked))
+    for one, other in zip(before, after, strict=True):
+        assert other.communication_seconds < one.communication_seconds
+        assert len(other.collectives) == len(one.collectives) + 6  # three more gathers, each waited for
+    assert predict(chunked).exposed_communication_seconds < predict(whole).exposed_communication_seconds

@@ -50,6 +50,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "recompute": {"pp": 2, "recompute": "full"},
     "offload": {"offload": True},
     "chunks": {"loss_chunks": 2, "tp": 2, "tensor_overlap": "weight_gradient"},
+    "chunked": {"tp": 2, "tensor_overlap": "chunked"},
 }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import pytest
 import torch
+from torch.nn import functional
 
 from picotron.runtime.fused import Projections, side_by_side
 
@@ -49,7 +52,7 @@ def test_one_product_or_several(together: bool, apart: bool) -> None:
     made = Projections(names, weights, {f"{name}.bias": db[i] for i, name in enumerate(names)})
     made.together = together
     x, dy = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((5, 3), (2, 5, 4)))
-    outputs = made.outputs(x)
+    outputs = made.outputs(lambda *operands: list(map(functional.linear, repeat(x), *operands)))
     assert (outputs[0].untyped_storage()._cdata == outputs[1].untyped_storage()._cdata) == (
         together and not apart
     )

@@ -199,11 +199,17 @@ def test_the_interleaving_of_the_ranks_changes_no_bit(seed: int) -> None:
             assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "overlap"),
+    [(False, "weight_gradient"), (True, "weight_gradient"), (True, "chunked")],
+    ids=["whole", "cut", "chunked"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sums_beside_products_and_losses_in_chunks(family: str, sequence_parallel: bool) -> None:
+def test_sums_beside_products_and_losses_in_chunks(
+    family: str, sequence_parallel: bool, overlap: str
+) -> None:
     """With backwards whole and in halves, buckets that end between projections, and chunks of two sizes."""
-    parallel = {"tp": 2, "sequence_parallel": sequence_parallel, "tensor_overlap": "weight_gradient"}
+    parallel = {"tp": 2, "sequence_parallel": sequence_parallel, "tensor_overlap": overlap}
     for schedule in ("1f1b", "zb-h1"):
         more = {"micro_batch": 2, "loss_chunks": 3, "bucket_bytes": 1, "schedule": schedule}
         assert_parity({"family": family, "tied": True}, {"global_batch": 4}, parallel | more, steps=2)
