@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from picotron.errors import PlanError
 from picotron.planner.catalogue import make_schedule
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.model import ModelSpec
+from picotron.planner.model import ModelSpec, segments
 from picotron.planner.pipeline import Schedule
 from picotron.planner.plan import TrainingPlan, plan
+from picotron.planner.plan_rules import FOREIGN
+from picotron.planner.recompute import flags_by_layer, modes_by_layer
+from picotron.planner.sharding import PARAMETERS
+from picotron.planner.stage import segment_name
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import AXES
 from picotron.planner.workload import FORMATS, Workload
@@ -53,6 +57,7 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
     cluster = _able(evolve(draw(clusters(max_nodes=1)), devices_per_node=pp * dp * tp))
     peaks = cluster.device.peak_flops_per_second
     precisions = [name for name, form in FORMATS.items() if getattr(peaks, form.product)]
+    saving = draw(savings(dp, model))
     return plan(
         model,
         cluster,
@@ -69,8 +74,20 @@ def plans(draw: st.DrawFn, max_degree: int = 3) -> TrainingPlan:
         micro_batch=micro_batch,
         sequence_parallel=draw(st.sampled_from([None, False])),
         bucket_bytes=draw(st.integers(1, 2**30)),
-        **draw(savings(dp, model)),
+        foreign=draw(foreign_segments(model, tp, saving)),
+        **saving,
     )
+
+
+def foreign_segments(model: ModelSpec, tp: int, saving: dict[str, Any]) -> st.SearchStrategy[list[str]]:
+    """Names of segments that modules can stand for in a plan with such ``savings``."""
+    modes = modes_by_layer(saving["recompute"], model.num_layers)
+    offload = flags_by_layer(saving["offload"], model.num_layers)
+    plain = [mode != "selective" and not copied for mode, copied in zip(modes, offload, strict=True)]
+    layers = [segment for segment in segments(model) if segment.kind in FOREIGN]
+    able = [segment_name(segment) for segment in layers if segment.layer is not None and plain[segment.layer]]
+    fits = able and tp == 1 and saving.get("zero_stage", 0) < PARAMETERS
+    return st.lists(st.sampled_from(able), unique=True, max_size=2) if fits else st.just([])
 
 
 @st.composite

@@ -103,6 +103,8 @@ def test_every_flag_reaches_the_plan(run: Run):
     assert (code, data["zero_stage"], data["shard"]) == (0, 2, 2)
     assert data["recompute"] == ["full", "full", "none", "selective", "selective", "selective"]
     assert data["offload"] == [True, True, False, False, False, False]
+    code, out, _ = run("plan", *SMALL, "--foreign", "mlp 1,attention 0", "--json")
+    assert (code, json.loads(out)["foreign"]) == (0, ["mlp 1", "attention 0"])
     code, out, _ = run(
         "plan", *SMALL, *["--pp", "2", "--schedule", "interleaved", "--virtual-stages", "3"], "--json"
     )

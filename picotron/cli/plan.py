@@ -92,6 +92,10 @@ PLAN_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"type": truths, "nargs": "?", "const": True, "metavar": "LAYERS"},
         "keep saved activations in host memory; of some layers, as in yes*8,no*24",
     ),
+    "foreign": (
+        {"type": names, "metavar": "SEGMENTS"},
+        'segments that a module of your own computes, as in "mlp 0,attention 1" (default none)',
+    ),
 }
 WORKLOAD_HELP = {
     "global_batch": "sequences of a step, over all ranks",

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from picotron.cli.common import Subparsers, command, read_plan, write_json, write_out
 from picotron.errors import PlanError
@@ -199,7 +199,7 @@ def _execute(arguments: argparse.Namespace) -> None:
     write_out(f"  torchrun --nproc-per-node {world} -m picotron train {folder}/plan.json")
 
 
-def _world(arguments: argparse.Namespace) -> dict[str, object]:
+def _world(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked of the world that the ranks are in."""
     asked = {
         "semantics": arguments.semantics,

@@ -336,6 +336,7 @@ def _headline(plan: TrainingPlan) -> list[str]:
     parallel = " ".join(degrees) + (", sequence parallel" if plan.sequence_parallel else "")
     parallel += f", {ways[plan.context]}" if topology.cp > 1 else ""
     parallel += ", compiled" if plan.compile else ""
+    parallel += f", foreign {', '.join(plan.foreign)}" if plan.foreign else ""
     tokens = work.global_batch * work.seq_len
     return [
         f"{plan.model.name} on {cluster.num_devices} x {cluster.device.name} ({cluster.name}): {parallel}",

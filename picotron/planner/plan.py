@@ -65,6 +65,7 @@ def plan(
     reshard: Reshard | None = None,
     recompute: Recompute | Sequence[Recompute] = "none",
     offload: bool | Sequence[bool] = False,
+    foreign: list[str] | tuple[str, ...] = (),
 ) -> TrainingPlan:
     """The plan that trains ``model`` on ``cluster`` as asked.
 
@@ -116,6 +117,7 @@ def plan(
         reshard=reshard,
         recompute=modes_by_layer(recompute, model.num_layers),
         offload=flags_by_layer(offload, model.num_layers),
+        foreign=foreign,
         chosen=(*why_dp, *why_virtual, *why_sequence, *why_context, *why_layers),
     )
 

@@ -7,11 +7,14 @@ PlanError with the rule, the value and a remedy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from picotron.errors import PlanError
 from picotron.planner.body import GATHER_CHUNKS, Dims
 from picotron.planner.cluster import ClusterSpec
-from picotron.planner.model import ModelSpec
+from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.pipeline import Schedule, loop_ranks, v_ranks
+from picotron.planner.recompute import Recompute
 from picotron.planner.sharding import ACCUMULATES, GRADIENTS, PARAMETERS, RESHARDS
 from picotron.planner.tensor import check_tensor_parallel
 from picotron.planner.topology import Topology
@@ -19,6 +22,7 @@ from picotron.planner.validators import is_size, shown
 from picotron.planner.workload import Workload
 
 MAX_ACTIONS = 250_000  # of one step over all pipeline ranks
+FOREIGN = ("attention", "mlp")  # kinds of segments that a module can stand for
 
 
 def check_kind(name: str, value: object, kind: type, remedy: str) -> None:
@@ -225,4 +229,39 @@ def check_compile(asked: bool, model: ModelSpec) -> None:
         raise PlanError(
             f"compile=True is for layers without experts or latent attention, got {model.name}, "
             "whose bodies have eager kernels alone; leave it out"
+        )
+
+
+def check_foreign(
+    names: Sequence[str],
+    segments: Mapping[str, Segment],
+    topology: Topology,
+    zero_stage: int,
+    recompute: Sequence[Recompute],
+    offload: Sequence[bool],
+) -> None:
+    """Raise PlanError unless a module can stand for each of ``names`` among the model's ``segments``."""
+    able = [name for name, segment in segments.items() if segment.kind in FOREIGN]
+    for name in names:
+        if name not in able:
+            raise PlanError(f"foreign must name segments among {', '.join(able)}, got {shown(name)}")
+        if list(names).count(name) > 1:
+            raise PlanError(f"foreign must name a segment once, got {name!r} twice; leave one out")
+        layer = segments[name].layer
+        assert layer is not None
+        if recompute[layer] == "selective" or offload[layer]:
+            saving = "offload" if offload[layer] else "selective recompute"
+            raise PlanError(
+                f"what the foreign {name} saves is in its graph, out of reach of {saving}, got both; "
+                f"plan layer {layer} without, or with recompute=full"
+            )
+    if names and (topology.tp > 1 or topology.cp > 1):
+        raise PlanError(
+            f"foreign modules are not cut, which needs tp=1 and cp=1, got tp={topology.tp} cp={topology.cp} "
+            f"for {', '.join(names)}; plan without them"
+        )
+    if names and zero_stage >= PARAMETERS:
+        raise PlanError(
+            f"the graph of a foreign module keeps parameters, which zero_stage=3 lets go of, "
+            f"got {', '.join(names)}; plan a zero_stage of at most 2"
         )

@@ -13,7 +13,7 @@ from picotron.planner.data import Filling
 from picotron.planner.model import ModelSpec, Segment
 from picotron.planner.operations import Operations
 from picotron.planner.recompute import Recompute, saved, units, with_recomputing
-from picotron.planner.split_backward import split_backward
+from picotron.planner.split_backward import split_backward, walked_twice
 from picotron.planner.topology import Topology
 
 Standing = Sequence[tuple[int, Tensor]]  # tensors, each with the place of a segment in its stage
@@ -22,17 +22,19 @@ Builder = Callable[[Operations, ModelSpec, Topology], None]
 
 @frozen(kw_only=True)
 class Variant:
-    """What recomputing, offloading and sharding change in a stage's bodies.
+    """What recomputing, offloading, sharding and foreign modules change in a stage's bodies.
 
     ``recompute`` and ``offload``: by layer of the model; left out, none does. ``gathered_bytes``: of the
     parameters of each unit (``recompute.units``), where they are gathered for each F, B and I.
-    ``fillings``: the full gradients that each B or W reduces.
+    ``fillings``: the full gradients that each B or W reduces. ``foreign``: names of segments whose W walks
+    the graph again.
     """
 
     recompute: tuple[Recompute, ...] = ()
     offload: tuple[bool, ...] = ()
     gathered_bytes: tuple[int, ...] = ()
     fillings: tuple[Filling, ...] = ()
+    foreign: tuple[str, ...] = ()
 
 
 PLAIN = Variant()
@@ -55,7 +57,7 @@ def stage_bodies(
 ) -> Bodies:
     """What ``stage`` does with one microbatch in its segments ``own``, in every phase."""
     forward = forward_body(model, topology, stage, own, d)
-    backward = backward_body(model, topology, stage, own, d)
+    backward = plain = backward_body(model, topology, stage, own, d)
     if set(variant.recompute) - {"none"}:
         forward, backward = with_recomputing(own, variant.recompute, forward, backward)
     backward_input, backward_weight = split_backward(backward)
@@ -63,7 +65,7 @@ def stage_bodies(
         forward=forward,
         backward=backward,
         backward_input=backward_input,
-        backward_weight=backward_weight,
+        backward_weight=walked_twice(backward_weight, plain, variant.foreign),
     )
     if any(variant.offload):
         bodies = _offloading(bodies, own, variant.offload, d)

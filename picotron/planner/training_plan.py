@@ -28,6 +28,7 @@ from picotron.planner.plan_rules import (
     check_actions,
     check_compile,
     check_degrees,
+    check_foreign,
     check_loss_chunks,
     check_parts,
     check_reshard,
@@ -46,7 +47,7 @@ from picotron.planner.sharding import (
     Reshard,
     Sharding,
 )
-from picotron.planner.stage import Variant, stage_bodies
+from picotron.planner.stage import Variant, segment_name, stage_bodies
 from picotron.planner.topology import Coordinate, Topology
 from picotron.planner.validators import FLAG, are_words, as_tuple, must_be, one_of, whole
 from picotron.planner.workload import Format, Workload
@@ -93,6 +94,8 @@ class TrainingPlan:
     ("chunked").
     ``compile``: RMS norms, gates and the loss over a whole vocabulary are compiled into one kernel each.
     ``context``: how the cp ranks that share sequences reach each other's keys and values (``context``).
+    ``foreign``: segments ("mlp 1") that modules of the caller's compute, by autograd. Their split backward
+    walks a graph twice and is priced so; their bytes are those of the segments they stand for, not exact.
     ``chosen`` says what the caller left out and by which rule it was chosen.
     """
 
@@ -117,6 +120,9 @@ class TrainingPlan:
     reshard: Reshard | None = None
     recompute: tuple[Recompute, ...] = _by_layer("none", modes_by_layer)
     offload: tuple[bool, ...] = _by_layer(False, flags_by_layer)
+    foreign: tuple[str, ...] = field(
+        default=(), converter=as_tuple, validator=must_be("a sequence of names of segments", are_words)
+    )
     chosen: tuple[str, ...] = field(
         default=(), converter=as_tuple, validator=must_be("a sequence of texts", are_words)
     )
@@ -136,6 +142,8 @@ class TrainingPlan:
         check_context(self.context, self.model, self.topology, self.workload.seq_len)
         check_loss_chunks(self.loss_chunks, self.micro_batch * self.workload.seq_len // self.topology.cp)
         check_compile(self.compile, self.model)
+        named = {segment_name(segment): segment for stage in self.stage_segments for segment in stage}
+        check_foreign(self.foreign, named, self.topology, self.zero_stage, self.recompute, self.offload)
         if self.sequence_parallel and self.topology.tp == 1:
             raise PlanError("sequence_parallel needs tp > 1, got tp=1; leave it out")
         for index in range(self.topology.tp):
@@ -274,7 +282,7 @@ class TrainingPlan:
         return stage_bodies(self.model, self.topology, stage, own, local, self.variant(stage, tp_index))
 
     def variant(self, stage: int, tp_index: int = 0) -> Variant:
-        """What recomputing, offloading and sharding change in the bodies of ``stage``."""
+        """What recomputing, offloading, sharding and modules change in the bodies of ``stage``."""
         if (stage, tp_index) not in self._variants:
             self._variants[stage, tp_index] = self._variant(stage, tp_index)
         return self._variants[stage, tp_index]
@@ -290,6 +298,7 @@ class TrainingPlan:
             offload=self.offload,
             gathered_bytes=() if self.reshard == "stage" else tuple(map(sum, zip(*gathered, strict=True))),
             fillings=plan_buckets.fillings(self, stage, tp_index),
+            foreign=self.foreign,
         )
 
     def bucket_payload_bytes(self, stage: int, tp_index: int = 0) -> tuple[int, ...]:

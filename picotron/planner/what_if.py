@@ -36,6 +36,7 @@ OPTIONS = (
     "loss_chunks",
     "tensor_overlap",
     "compile",
+    "foreign",
 )
 STAGES = ("schedule", "virtual_stages", "stage_layers")
 WORK = tuple(attribute.name for attribute in fields(Workload))

@@ -1,10 +1,10 @@
-"""Any ``torch.nn.Module`` in the place of one of the plan's segments.
+"""Any ``torch.nn.Module`` in the place of a segment that the plan calls foreign.
 
 The module maps [batch, seq_len, hidden] to the same shape, norm and residual included, and has the parameters
 of the segment it stands for: their values are the session's, whatever the module was made with. Its backward
 is autograd's, inside the segment and on detached inputs. A split backward walks the graph twice, for the
-gradient of the input and for those of the weights. What the graph saves is autograd's choice, so the plan's
-live bytes hold for other segments alone. The module is not cut, so tp must be 1.
+gradient of the input and for those of the weights, and the plan prices both walks. What the graph saves is
+autograd's choice, so the plan's live bytes hold for other segments alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from picotron.errors import PlanError
 from picotron.planner.actions import I
 from picotron.planner.model import Segment
 from picotron.planner.plan import TrainingPlan
-from picotron.planner.sharding import PARAMETERS
 from picotron.planner.stage import segment_name
 from picotron.runtime.segments import Context, Saved, SegmentRunner, Tokens
 
@@ -82,37 +81,21 @@ def short_name(name: str) -> str:
 
 
 def check_modules(plan: TrainingPlan, modules: Modules) -> None:
-    """Raise PlanError where a module cannot stand for the segment it is named after."""
+    """Raise PlanError unless ``modules`` are those that the plan names and each can be its segment."""
+    if set(modules) != set(plan.foreign):
+        given, planned = (", ".join(sorted(names)) or "none" for names in (modules, plan.foreign))
+        raise PlanError(
+            f"modules must be those of the plan's foreign segments: {planned}, got {given}; pass these, or "
+            "plan with foreign naming those"
+        )
     segments = {segment_name(one): one for stage in plan.stage_segments for one in stage}
     for name, module in modules.items():
-        if name not in segments:
-            raise PlanError(f"a module must stand for one of {', '.join(segments)}, got {name!r}")
-        _check_plan(plan, name, segments[name], module)
+        if _is_compiled(module) and bool((plan.schedule.orders.phase == I).any()):
+            raise PlanError(
+                f"{plan.schedule.name} splits backwards in two, and the compiled module for {name} has one "
+                "for all gradients together; pass the module uncompiled or plan whole backwards"
+            )
         _check_parameters(name, segments[name], module)
-
-
-def _check_plan(plan: TrainingPlan, name: str, segment: Segment, module: torch.nn.Module) -> None:
-    if segment.layer is None:
-        raise PlanError(f"a module can stand for a segment of a layer, got the {name}")
-    if plan.topology.tp > 1 or plan.topology.cp > 1:
-        raise PlanError(f"the module for {name} is not cut, which needs tp=1 and cp=1; plan without them")
-    if plan.zero_stage >= PARAMETERS:
-        raise PlanError(
-            f"the graph of the module for {name} keeps parameters, which zero_stage=3 lets go of; "
-            "plan a zero_stage of at most 2"
-        )
-    mode, offloads = plan.recompute[segment.layer], plan.offload[segment.layer]
-    if mode == "selective" or offloads:
-        saving = "offloading" if offloads else "selective recomputing"
-        raise PlanError(
-            f"what the module for {name} saves is in its graph, out of reach of {saving}; "
-            f"plan layer {segment.layer} without, or with recompute=full"
-        )
-    if _is_compiled(module) and bool((plan.schedule.orders.phase == I).any()):
-        raise PlanError(
-            f"{plan.schedule.name} splits backwards in two, and the compiled module for {name} has one for "
-            "all gradients together; pass the module uncompiled or plan a schedule with whole backwards"
-        )
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

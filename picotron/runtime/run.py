@@ -21,6 +21,7 @@ from picotron.planner.validators import is_positive
 from picotron.runtime.backend import Backend
 from picotron.runtime.compiled import missing_compiler
 from picotron.runtime.data import Dataset, byte_text, step_batches
+from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.layout import WeightSource
 from picotron.runtime.pipeline import Session, StepResult
 
@@ -95,6 +96,7 @@ def run(
     steps: int,
     backend: str | Backend = "simulated",
     weights: WeightSource | None = None,
+    modules: Modules | None = None,
     on_step: Observer | None = None,
     measure_step: int = 1,
     seed: int = 0,
@@ -105,7 +107,8 @@ def run(
     ``backend``: "simulated" runs all ranks in this process, "gloo" and "nccl" this process's rank under
     torchrun, or a backend that is open already. Of simulated ranks, ``seed`` draws who goes next, and
     ``world`` says the rest (faults, semantics, ...) in the words of ``runtime.world.World``; their clock
-    takes the plan's own seconds unless it is told otherwise. ``on_step`` is called on every rank after each
+    takes the plan's own seconds unless it is told otherwise. ``modules``: by name, what computes the plan's
+    foreign segments. ``on_step`` is called on every rank after each
     step. Step ``measure_step`` (or the last, if there are fewer) has its memory measured: from the second
     step on, optimizer state stands.
     Raises PlanError for a plan or data that cannot run, ExecutionError when the world departs from the plan.
@@ -117,14 +120,16 @@ def run(
     if not isinstance(plan, TrainingPlan):
         raise PlanError(f"plan must be a TrainingPlan, got {type(plan).__name__}; make one with plan(...)")
     check_runnable(plan, backend if isinstance(backend, str) else "simulated")
+    check_modules(plan, modules or {})
     check_simulated(plan, backend, world, steps)
     dataset = byte_text(data, plan.workload.seq_len) if isinstance(data, (str, Path)) else data
     check_data(plan, dataset)
     measured = min(measure_step, steps - 1)
 
     def rank_main(world: Backend) -> Measurement:
+        session = Session(plan, world, weights, modules=modules)
         return run_rank(
-            plan, world, dataset, steps=steps, weights=weights, on_step=on_step, measure_step=measured
+            plan, world, dataset, steps=steps, session=session, on_step=on_step, measure_step=measured
         )
 
     if isinstance(backend, str):
@@ -186,16 +191,11 @@ def run_rank(
     dataset: Dataset,
     *,
     steps: int,
-    session: Session | None = None,
-    weights: WeightSource | None = None,
+    session: Session,
     on_step: Observer | None = None,
     measure_step: int = 1,
 ) -> Measurement:
-    """One rank's run; the measurement, gathered from all ranks, is the same on each.
-
-    ``session``: one that is open already, instead of a new one with ``weights``.
-    """
-    session = session or Session(plan, backend, weights)
+    """One rank's run of an open session; the measurement, gathered from all ranks, is the same on each."""
     results: list[StepResult] = []
     repeats = MEMORY_REPEATS if backend.capabilities.clock == "host" else 1
     measured: list[StepResult] = []

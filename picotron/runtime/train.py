@@ -25,8 +25,9 @@ from picotron.planner.timeline import chrome_trace
 from picotron.planner.topology import coordinate
 from picotron.runtime.backend import Backend
 from picotron.runtime.data import Dataset
+from picotron.runtime.foreign import Modules, check_modules
 from picotron.runtime.layout import WeightSource
-from picotron.runtime.pipeline import LossError, Session, StepResult, check_world
+from picotron.runtime.pipeline import LossError, Session, StepResult
 from picotron.runtime.record import finite_or_none, measurement_data
 from picotron.runtime.run import (
     Measurement,
@@ -69,9 +70,11 @@ def check_request(
     steps: int,
     backend: str = "simulated",
     save_every: int = 0,
+    modules: Modules | None = None,
 ) -> None:
     """Raise PlanError for a run that cannot start; nothing is written."""
     check_runnable(plan, backend)
+    check_modules(plan, modules or {})
     check_data(plan, dataset)
     for name, value, least in (("steps", steps, 1), ("save_every", save_every, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -95,6 +98,7 @@ def train(
     backend: str = "simulated",
     save_every: int = 0,
     weights: WeightSource | None = None,
+    modules: Modules | None = None,
     report: Report | None = None,
     seed: int = 0,
     **world: Any,
@@ -104,30 +108,28 @@ def train(
     Weights are saved every ``save_every`` steps (0: only at the end). More steps in a row without a finite
     loss than the plan's ``max_skipped_steps`` raise LossError after the last good weights have been saved.
     Raises PlanError before anything runs for a plan, data or folder that will not do. ``seed`` and ``world``
-    are of simulated ranks, as in ``run``.
+    are of simulated ranks, and ``modules`` of foreign segments, as in ``run``.
     """
-    check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every)
+    check_request(plan, dataset, folder, steps=steps, backend=backend, save_every=save_every, modules=modules)
     check_simulated(plan, backend, world, steps)
 
     def rank_main(world: Backend) -> Measurement | None:
-        return _train_rank(plan, world, dataset, Path(folder), steps, save_every, weights, report)
+        session = Session(plan, world, weights, modules=modules)
+        return _train_rank(session, dataset, Path(folder), steps, save_every, report)
 
     measurement: Measurement | None = on_backend(backend, rank_main, plan, seed=seed, **world)
     return measurement
 
 
 def _train_rank(
-    plan: TrainingPlan,
-    backend: Backend,
+    session: Session,
     dataset: Dataset,
     folder: Path,
     steps: int,
     save_every: int,
-    weights: WeightSource | None,
     report: Report | None,
 ) -> Measurement | None:
-    check_world(plan, backend)
-    session = Session(plan, backend, weights)
+    plan, backend = session.plan, session.backend
     keeper = _Keeper(folder, plan, steps, save_every, report)
     first = backend.rank == 0
     refusal, keeper.folder = cast(

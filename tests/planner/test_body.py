@@ -28,7 +28,7 @@ from picotron.planner.flops import matmuls
 from picotron.planner.model import ModelSpec, segments
 from picotron.planner.plan import plan
 from picotron.planner.split_backward import split_backward
-from picotron.planner.stage import backward_body, forward_body, stage_bodies
+from picotron.planner.stage import Variant, backward_body, forward_body, stage_bodies
 from picotron.planner.topology import Topology
 from picotron.planner.workload import Workload
 
@@ -401,6 +401,34 @@ def test_weight_gradients_multiply_as_much_as_forward(family: str) -> None:
     assert bodies.backward_weight.flops == flops(bodies.backward_weight, "matmul") == products
     assert flops(bodies.backward_input, "matmul") == products
     assert flops(bodies.backward_input, "attention") == flops(bodies.backward, "attention")
+
+
+def _by_segment(body: Body, name: str, kind: str) -> int:
+    """FLOPs of one kind of operation in one segment."""
+    return sum(op.flops for s in body.segments if s.name == name for op in s.operations if op.kind == kind)
+
+
+def test_a_foreign_segment_walks_its_graph_twice() -> None:
+    """An MLP has products of 2 * 8 * 8 * 12 FLOPs: 6 in B, 3 in I and 6 in W; attention's core is in all.
+
+    Other segments, F, B and I are as they were; the residual is added to the input's gradient once.
+    """
+    model = ModelSpec.from_hf(LLAMA)
+    request = model, Topology(), 0, segments(model), _dims(model, Topology())
+    own, foreign = stage_bodies(*request), stage_bodies(*request, Variant(foreign=("attention 0", "mlp 1")))
+    halves = foreign.backward_input, foreign.backward_weight
+    assert (foreign.forward, foreign.backward, halves[0]) == (own.forward, own.backward, own.backward_input)
+    product = 2 * 8 * 8 * 12
+    counts = [_by_segment(body, "mlp 1", "matmul") // product for body in (foreign.backward, *halves)]
+    assert counts == [6, 3, 6]
+    core = [_by_segment(body, "attention 0", "attention") for body in (foreign.backward, *halves)]
+    assert core == [2 * 4 * 10 * 5 * 2 * 2] * 3  # sequences, heads, pairs of tokens, products, FLOPs
+    twice = {s.name: len(s.operations) for s in halves[1].segments}
+    once = {s.name: len(s.operations) for s in own.backward_weight.segments}
+    assert [name for name in once if twice[name] > once[name]] == ["mlp 1", "attention 0"]
+    done = [op.name for s in halves[1].segments for op in s.operations]
+    assert "second norm backward" in done and "second residual gradient" not in done
+    assert _live_after((foreign.forward, *halves), set()) == set()
 
 
 def _kept(bodies: Bodies, number: int) -> dict[str, int]:

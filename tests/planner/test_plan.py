@@ -218,6 +218,42 @@ def test_a_schedule_of_ones_own() -> None:
             "got 3; change micro_batch or seq_len, or take weight_gradient",
         ),
         (
+            2,
+            {"foreign": ["mlp 4"], "pp": 2},
+            "foreign must name segments among attention 0, mlp 0, attention 1, mlp 1, attention 2, mlp 2, "
+            "attention 3, mlp 3, got 'mlp 4'",
+        ),
+        (
+            1,
+            {"foreign": ("mlp 0", "mlp 0")},
+            "foreign must name a segment once, got 'mlp 0' twice; leave one out",
+        ),
+        (1, {"foreign": "mlp 0"}, "foreign must be a sequence of names of segments, got 'mlp 0'"),
+        (
+            2,
+            {"foreign": ("mlp 0",), "tp": 2},
+            "foreign modules are not cut, which needs tp=1 and cp=1, got tp=2 cp=1 for mlp 0; plan "
+            "without them",
+        ),
+        (
+            1,
+            {"foreign": ("mlp 1",), "recompute": ("none", "selective", "none", "none")},
+            "what the foreign mlp 1 saves is in its graph, out of reach of selective recompute, got both; "
+            "plan layer 1 without, or with recompute=full",
+        ),
+        (
+            1,
+            {"foreign": ("mlp 1",), "recompute": "full", "offload": True},
+            "what the foreign mlp 1 saves is in its graph, out of reach of offload, got both; "
+            "plan layer 1 without, or with recompute=full",
+        ),
+        (
+            2,
+            {"foreign": ("mlp 1",), "zero_stage": 3},
+            "the graph of a foreign module keeps parameters, which zero_stage=3 lets go of, got mlp 1; "
+            "plan a zero_stage of at most 2",
+        ),
+        (
             1,
             {"loss_chunks": 9, "seq_len": 8},
             "loss_chunks must be at most the 8 tokens of a microbatch on a rank, got 9",

@@ -82,6 +82,17 @@ def test_what_every_layer_has_alike_is_saved_once():
     assert plan_from_json(json.dumps(data)) == small_plan()
 
 
+def test_foreign_segments_are_saved_by_name():
+    """And told apart; a file that says nothing has none."""
+    made = small_plan(schedule="zb-h1", foreign=["mlp 1", "attention 0"])
+    assert plan_from_json(plan_to_json(made)) == made
+    bare = evolve(made, foreign=())
+    assert plan_from_json(changed("foreign", ..., made)) == bare
+    assert [str(one) for one in diff(bare, made)] == ["foreign: () -> ('mlp 1', 'attention 0')"]
+    with pytest.raises(PlanError, match=r"foreign must name segments among attention 0, .*, got 'mlp 6'"):
+        plan_from_json(changed("foreign", ["mlp 6"], made))
+
+
 def test_keys_are_sorted_and_the_version_is_written():
     """The text is canonical: reading and writing it with sorted keys changes nothing."""
     text = plan_to_json(small_plan())

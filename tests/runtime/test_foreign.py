@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from torch import nn
 from torch.nn import functional
 
 from picotron.errors import PlanError
 from picotron.planner.plan import TrainingPlan
+from picotron.planner.predict import predict
 from picotron.runtime.data import step_batches
 from picotron.runtime.foreign import check_modules
 from picotron.runtime.pipeline import Session
+from picotron.runtime.run import run
 from picotron.runtime.simulated import simulate
 from tests.runtime.models import (
     TOLERANCE,
@@ -70,7 +73,7 @@ def trained(plan: TrainingPlan, modules: dict[str, nn.Module]) -> list[RankRepor
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_module_trains_as_the_segment_it_stands_for(schedule: str, recompute: str) -> None:
     """Whole backwards and split ones, recomputed or not: loss, norm and gradients are the single rank's."""
-    plan = made(pp=2, schedule=schedule, recompute=recompute)
+    plan = made(pp=2, schedule=schedule, recompute=recompute, foreign=("mlp 1", "mlp 2"))
     reports = trained(plan, {"mlp 1": Mlp(), "mlp 2": Mlp()})
     found = distance(plan, reports, reference(single_rank(plan), steps=2))
     assert found.largest <= TOLERANCE["fp64"], found
@@ -103,37 +106,46 @@ COMPILING = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch
 
 @COMPILING
 @pytest.mark.parametrize(
-    ("parallel", "name", "module", "words"),
+    ("parallel", "module", "words"),
     [
-        ({}, "mlp 4", Mlp, "one of embedding, attention 0, .*, head, got 'mlp 4'"),
-        ({}, "head", Mlp, "a segment of a layer, got the head"),
-        ({"tp": 2}, "mlp 0", Mlp, "needs tp=1"),
-        ({"recompute": "selective"}, "mlp 0", Mlp, "out of reach of selective recomputing"),
-        ({"offload": True}, "mlp 0", Mlp, "out of reach of offloading"),
-        ({}, "mlp 0", Biased, r"must have the parameters .*, got .*'down_proj.bias': \(24,\)"),
-        (
-            {"pp": 2, "schedule": "zb-h1"},
-            "mlp 0",
-            compiled,
-            "zb-h1 splits backwards in two",
-        ),
-        (
-            {"pp": 2, "schedule": "zb-v"},
-            "mlp 0",
-            compiled_in_place,
-            "pass the module uncompiled",
-        ),
+        ({}, Biased, r"must have the parameters .*, got .*'down_proj.bias': \(24,\)"),
+        ({"pp": 2, "schedule": "zb-h1"}, compiled, "zb-h1 splits backwards in two"),
+        ({"pp": 2, "schedule": "zb-v"}, compiled_in_place, "pass the module uncompiled"),
     ],
 )
-def test_what_a_module_cannot_stand_for_is_refused(
-    parallel: dict[str, Any], name: str, module: Any, words: str
-) -> None:
+def test_what_a_module_cannot_stand_for_is_refused(parallel: dict[str, Any], module: Any, words: str) -> None:
     """By rule and value, before anything opens."""
     with pytest.raises(PlanError, match=words):
-        check_modules(made(**parallel), {name: module()})
+        check_modules(made(**parallel, foreign=("mlp 0",)), {"mlp 0": module()})
+
+
+@pytest.mark.parametrize(
+    ("foreign", "given", "words"),
+    [
+        ((), ("mlp 1",), "foreign segments: none, got mlp 1; pass these, or plan with foreign naming those"),
+        (("mlp 0", "mlp 1"), ("mlp 1",), "foreign segments: mlp 0, mlp 1, got mlp 1;"),
+        (("mlp 1",), (), "foreign segments: mlp 1, got none;"),
+    ],
+)
+def test_modules_are_those_that_the_plan_names(
+    foreign: tuple[str, ...], given: tuple[str, ...], words: str
+) -> None:
+    """A price with two walks that do not happen, or without those that do, is no price."""
+    data = random_samples(32, 8)
+    with pytest.raises(PlanError, match=words):
+        run(made(foreign=foreign), data, steps=1, modules={name: Mlp() for name in given})
+
+
+def test_a_run_with_a_module_takes_the_predicted_time() -> None:
+    """The virtual clock of ranks whose W walks a graph again is the plan's to the bit."""
+    plan = made(pp=2, schedule="zb-h1", foreign=("mlp 1",))
+    data = random_samples(plan.model.vocab_size, plan.workload.seq_len)
+    measured = run(plan, data, steps=1, modules={"mlp 1": Mlp()})
+    assert measured.seconds[0] == predict(plan).step_seconds > predict(evolve(plan, foreign=())).step_seconds
 
 
 @COMPILING
 def test_a_compiled_module_may_have_whole_backwards() -> None:
     """Under its own parameters' names."""
-    check_modules(made(pp=2), {"mlp 0": compiled(), "mlp 1": compiled_in_place()})
+    plan = made(pp=2, foreign=("mlp 0", "mlp 1"))
+    check_modules(plan, {"mlp 0": compiled(), "mlp 1": compiled_in_place()})
