@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picotron.planner.plan import TrainingPlan
-from property_tests.strategies_runtime import decoders
+from property_tests.strategies_runtime import decoders, overlaps
 from tests.runtime.models import gradient_errors, tiny_plan, tiny_workload
 from tests.runtime.phases import walk
 
@@ -35,7 +35,9 @@ def stages(draw: st.DrawFn) -> TrainingPlan:
         seq_len=2 * draw(st.integers(3, 8)),
         precision=draw(st.sampled_from(["fp64", "fp32"])),
     )
-    parallel = {"tp": tp, "sequence_parallel": tp > 1 and draw(st.booleans()), "micro_batch": batch}
+    cut = tp > 1 and draw(st.booleans())
+    way = draw(st.sampled_from(overlaps(tp, cut, batch * work.seq_len)))
+    parallel = {"tp": tp, "sequence_parallel": cut, "micro_batch": batch, "tensor_overlap": way}
     return tiny_plan(draw(decoders(layers=1, tp=tp)), work, **parallel)
 
 

@@ -110,7 +110,7 @@ def _all_bodies(config: dict[str, Any], topology: Topology, **changes: Any) -> B
 
 @pytest.mark.parametrize(("micro_batch", "tp", "chunks"), [(2, 2, 4), (3, 2, 2), (4, 4, 4)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
-def test_an_input_in_chunks_is_never_whole(family: str, micro_batch: int, tp: int, chunks: int) -> None:
+def test_of_an_input_in_chunks_two_stand(family: str, micro_batch: int, tp: int, chunks: int) -> None:
     """As many bytes are gathered and left, two chunks stand at a time, and backward is that of sums."""
     asked = {"micro_batch": micro_batch, "sequence_parallel": True}
     whole, cut = (

@@ -72,7 +72,7 @@ def _walk(made: TrainingPlan, order: list[str], backend: Backend, finish: bool) 
             for number, body in enumerate(segments[phase]):
                 runner = session.runners[number if phase == "F" else -1 - number]
                 tracker.restart_peak()
-                session.communicator.open(f"{phase}{microbatch} {body.name}", 0, body.collectives)
+                session.communicator.open(f"{phase}{microbatch} {body.name}", 0, body.communication)
                 if phase == "F":
                     batch = tokens(d.batch, d.seq_len, vocab=made.model.vocab_size, seed=int(microbatch))
                     tensor, own = runner.forward(tensor, DeviceTokens(batch, backend.device))

@@ -40,9 +40,12 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
-def planned(family: str, *, tp: int = 1, sequence_parallel: bool = False, **config: Any) -> TrainingPlan:
+def planned(
+    family: str, *, tp: int = 1, sequence_parallel: bool = False, tensor_overlap: str = "none", **config: Any
+) -> TrainingPlan:
     work = tiny_workload(global_batch=BATCH, seq_len=SEQ_LEN)
     parallel = {"tp": tp, "sequence_parallel": sequence_parallel, "micro_batch": BATCH}
+    parallel["tensor_overlap"] = tensor_overlap
     return tiny_plan(tiny_model(family, **config), work, **parallel)
 
 
@@ -311,6 +314,20 @@ def test_weight_gradients_may_wait_and_take_what_is_planned(
         assert found.measured == found.planned
         for name, gradient in found.gradients.items():
             torch.testing.assert_close(gradient, reference.gradients[name], rtol=1e-12, atol=1e-14)
+
+
+@every_decoder
+def test_chunks_of_an_input_take_what_is_planned(family: str, config: dict[str, Any]) -> None:
+    """Gradients are those of an input gathered whole; each segment leaves and peaks at the planned bytes."""
+    whole, cut = (
+        planned(family, tp=2, sequence_parallel=True, tensor_overlap=way, **config)
+        for way in ("none", "chunked")
+    )
+    for order in ("F0 B0", "F0 I0 W0"):
+        for reference, found in zip(walk(whole, order), walk(cut, order), strict=True):
+            assert found.measured == found.planned
+            for name, gradient in found.gradients.items():
+                torch.testing.assert_close(gradient, reference.gradients[name], rtol=1e-10, atol=1e-12)
 
 
 def test_what_a_gated_mlp_leaves_for_its_weights() -> None:
