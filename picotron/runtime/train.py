@@ -114,22 +114,24 @@ def train(
     check_simulated(plan, backend, world, steps)
 
     def rank_main(world: Backend) -> Measurement | None:
-        session = Session(plan, world, weights, modules=modules)
-        return _train_rank(session, dataset, Path(folder), steps, save_every, report)
+        return _train_rank(plan, world, dataset, Path(folder), steps, save_every, weights, report, modules)
 
     measurement: Measurement | None = on_backend(backend, rank_main, plan, seed=seed, **world)
     return measurement
 
 
 def _train_rank(
-    session: Session,
+    plan: TrainingPlan,
+    backend: Backend,
     dataset: Dataset,
     folder: Path,
     steps: int,
     save_every: int,
+    weights: WeightSource | None,
     report: Report | None,
+    modules: Modules | None = None,
 ) -> Measurement | None:
-    plan, backend = session.plan, session.backend
+    session = Session(plan, backend, weights, modules=modules)
     keeper = _Keeper(folder, plan, steps, save_every, report)
     first = backend.rank == 0
     refusal, keeper.folder = cast(
