@@ -45,14 +45,17 @@ def test_buckets_are_ready_when_all_that_add_to_them_have(made: TrainingPlan) ->
 
 @given(plans())
 def test_buckets_are_filled_in_the_order_of_backward(made: TrainingPlan) -> None:
-    """They complete one after another, and one that is full takes no more."""
+    """They complete one after another; one that is full takes no more but the rest of a group that reads one input.
+
+    Such a group has three members at most: queries, keys and values.
+    """
     for stage, own in enumerate(made.stage_buckets):
         where = Coordinate(pp=made.stage_rank(stage))
         numel = {p.name: local_numel(p, where) for p in made.held(where)}
         assert [b.ready_segment for b in own] == sorted((b.ready_segment for b in own), reverse=True)
         for bucket in own:
             sizes = [numel[name] * made.format.gradient for name in bucket.names]
-            assert sum(sizes[:-1]) < made.bucket_bytes
+            assert sum(sorted(sizes)[:-3]) < made.bucket_bytes
 
 
 @given(plans(), st.integers(0, 3))

@@ -29,7 +29,7 @@ from picotron.runtime.simulated import simulate
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10, "bf16": 2.0**-5}  # bf16 to bf16; see bf16_excess
-BF16_FACTOR, BF16_FLOOR = 2.0, 2.0**-8  # one unit of the last place of bf16
+BF16_FACTOR, BF16_FLOOR = 3.0, 2.0**-8  # one unit of the last place of bf16
 
 Gradients = Mapping[str, torch.Tensor]
 Samples = Sequence[np.ndarray]
