@@ -45,7 +45,7 @@ def test_buckets_are_ready_when_all_that_add_to_them_have(made: TrainingPlan) ->
 
 @given(plans())
 def test_buckets_are_filled_in_the_order_of_backward(made: TrainingPlan) -> None:
-    """They complete one after another; one that is full takes no more but the rest of a group that reads one input.
+    """They complete one after another; a full one takes no more, but the rest of what reads one input.
 
     Such a group has three members at most: queries, keys and values.
     """
